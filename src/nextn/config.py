@@ -1,0 +1,122 @@
+"""What is predicted, by which heads, through which output, at which weights."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message says what is wrong and what to do."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_readable(error)) from None
+
+
+class OutputConfig(BaseModel):
+    """The projection to the vocabulary.
+
+    kind: `shared` (the trunk's unembedding) or `trimmed` (a subset of its rows).
+    size: how many tokens a trimmed output can name.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    kind: Literal["shared", "trimmed"] = "shared"
+    size: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _sized(self) -> OutputConfig:
+        if (self.size is not None) != (self.kind == "trimmed"):
+            raise ValueError("give output.size for a trimmed output, and only for that")
+        return self
+
+
+class WeightsConfig(BaseModel):
+    """Weights w_1 … w_n of the loss Σ w_k · L_k.
+
+    preset: `gloeckle` (all 1), `deepseek` (w_1 = 1, the rest scale / (n-1)), `fastmtp` (w_1 = 0, w_k ∝ decay^(k-2),
+    summing to 1) or `list`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    preset: Literal["gloeckle", "deepseek", "fastmtp", "list"] = "fastmtp"
+    scale: float = Field(default=0.3, ge=0)
+    decay: float = Field(default=0.6, gt=0, le=1)
+    values: list[float] | None = None
+
+    @model_validator(mode="after")
+    def _listed(self) -> WeightsConfig:
+        if (self.values is not None) != (self.preset == "list"):
+            raise ValueError("give weights.values with preset 'list', and only with that")
+        return self
+
+    def by_depth(self, n: int) -> list[float]:
+        """[w_1, …, w_n]."""
+        if self.preset == "gloeckle":
+            return [1.0] * n
+        if self.preset == "deepseek":
+            return [1.0] + [self.scale / (n - 1)] * (n - 1)
+        if self.preset == "fastmtp":
+            raw = [self.decay ** (k - 2) for k in range(2, n + 1)]
+            return [0.0] + [weight / sum(raw) for weight in raw]
+        assert self.values is not None
+        return self.values
+
+
+class MultiTokenConfig(_Strict):
+    """Multi-token prediction on top of a causal language model.
+
+    n: how many tokens are predicted, the next one included; heads of depth 2 … n are added, so n-1 drafts a step.
+    heads: `sequential` (they see the tokens between; DeepSeek-V3) or `parallel` (they do not; Gloeckle et al.).
+    recurrent: sequential only; one module for all depths (FastMTP) rather than one each.
+    tap: the trunk state that the heads read. Default: `post_norm` for sequential heads, `before_last_layer` for
+        parallel ones. Taps are not convertible into each other.
+    output: the projection to the vocabulary.
+    weights: the loss's weights per depth.
+    freeze_trunk: whether only the heads are trained.
+
+    Raises:
+        ConfigError: with one sentence a problem.
+    """
+
+    n: int = Field(default=4, ge=2)
+    heads: Literal["sequential", "parallel"] = "sequential"
+    recurrent: bool = False
+    tap: Literal["post_norm", "pre_norm", "before_last_layer"] | None = None
+    output: OutputConfig = OutputConfig()
+    weights: WeightsConfig = WeightsConfig()
+    freeze_trunk: bool = True
+
+    @model_validator(mode="after")
+    def _fitting(self) -> MultiTokenConfig:
+        if self.tap is None:
+            self.tap = "post_norm" if self.heads == "sequential" else "before_last_layer"
+        if self.recurrent and self.heads == "parallel":
+            raise ValueError("recurrent applies to sequential heads only")
+        if self.weights.values is not None and len(self.weights.values) != self.n:
+            raise ValueError(f"weights.values has {len(self.weights.values)} entries, but n is {self.n}")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """`parallel`, `distinct` or `recurrent`."""
+        return "recurrent" if self.recurrent else "distinct" if self.heads == "sequential" else "parallel"
+
+
+def _readable(error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if where == "n" and problem["type"] == "greater_than_equal":
+            message = f"must be at least 2 (the next token and one more), not {problem['input']}"
+        problems.append(f"{where}: {message}" if where else message)
+    return "The multi-token config is not usable: " + "; ".join(problems) + "."

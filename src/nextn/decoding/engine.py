@@ -1,0 +1,201 @@
+"""The self-speculative loop.
+
+One trunk forward a step reads the pending token and all drafts. The drafts that equal the trunk's own choice stand,
+the trunk's choice after them comes for free (the bonus token), and what was read too much is forgotten by moving
+the row's length back. The text is the trunk's own, whatever the drafter says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nextn.decoding.drafting import Drafter
+from nextn.decoding.verify import accept_greedy
+from nextn.trunk import RaggedCache, Trunk
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be decoded; the message says why."""
+
+
+@dataclass
+class Generation:
+    """What one prompt gave.
+
+    tokens: the emitted token ids, a stop token included.
+    origins: for each of them, the number of the draft that proposed it (1 … n-1), or 0 for the trunk's own.
+    accepted: for each trunk forward after the prefill, how many drafts stood; a last step that was cut short by a
+        stop token or by the length is left out.
+    finish: `stop` (a stop token) or `length`.
+    """
+
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    origins: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    finish: str = ""
+
+
+@dataclass
+class _Row:
+    """One sequence in a slot: what it is to give, and how far its text reaches into the cache."""
+
+    index: int
+    result: Generation
+    limit: int  # how many tokens it may emit
+
+
+OnTokens = Callable[[int, list[int], list[int]], None]
+
+
+class Engine:
+    """Greedy decoding of any number of prompts through a fixed number of rows.
+
+    Args:
+        trunk: the model whose text is wanted.
+        drafter: who proposes; None decodes plainly, one token a step.
+        rows: how many prompts are decoded side by side.
+        stop_tokens: ids that end a text; they are emitted.
+    """
+
+    def __init__(self, trunk: Trunk, drafter: Drafter | None, rows: int = 1, stop_tokens: Iterable[int] = ()) -> None:
+        self.trunk, self.drafter, self.rows = trunk, drafter, rows
+        self.stop_tokens = frozenset(stop_tokens)
+        self.n = 1 + (drafter.drafts if drafter else 0)
+        self.tap = drafter.tap if drafter else "post_norm"
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, on_tokens: OnTokens | None = None
+    ) -> Iterator[tuple[int, Generation]]:
+        """Decode prompts (token ids); yields (index of the prompt, its generation) as they finish.
+
+        Args:
+            max_new_tokens: the longest continuation; a text also ends where the trunk's context does.
+            on_tokens: called with (index, tokens, origins) whenever a row emits.
+
+        Raises:
+            PromptError: for an empty prompt or one that fills the context.
+        """
+        if max_new_tokens < 1:
+            raise PromptError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+        for prompt in prompts:
+            self._check(prompt)
+        waiting = list(enumerate(prompts))[::-1]
+        self._begin(prompts, max_new_tokens)
+        while waiting or any(self._active):
+            if waiting and not all(self._active):
+                self._admit(waiting, max_new_tokens, on_tokens)
+            else:
+                self._step(on_tokens)
+            for slot, row in enumerate(self._active):
+                if row is not None and row.result.finish:
+                    self._active[slot] = None
+                    yield row.index, row.result
+
+    # --- the algorithm ----------------------------------------------------------------------------------------
+
+    def _admit(self, waiting: list[tuple[int, Sequence[int]]], max_new_tokens: int, on_tokens: OnTokens | None) -> None:
+        """Prefill: read prompts into the free rows, emit each row's first token, make its first drafts."""
+        free = [slot for slot, row in enumerate(self._active) if row is None][: len(waiting)]
+        for slot in free:
+            index, prompt = waiting.pop()
+            limit = min(max_new_tokens, self.trunk.max_length - len(prompt))
+            self._active[slot] = _Row(index, Generation(list(prompt)), limit)
+        rows = torch.tensor(free, device=self._lengths.device)
+        texts = [self._active[slot].result.prompt for slot in free]  # type: ignore[union-attr]
+        lengths = torch.tensor([len(text) for text in texts], device=rows.device)
+        ids = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(text, device=rows.device) for text in texts], batch_first=True
+        )
+        positions = torch.arange(ids.shape[1], device=rows.device).expand(len(free), -1)
+        positions = torch.where(positions < lengths[:, None], positions, -1)
+        # [b, T, D]; logits are needed after each prompt's last token only
+        hidden, tapped = self._forward(ids, positions, rows)
+        last = lengths - 1
+        pending = self.trunk.logits(hidden[torch.arange(len(free)), last]).argmax(dim=-1)
+        following = ids.roll(-1, dims=1)
+        following[torch.arange(len(free)), last] = pending
+        self._pending[rows], self._lengths[rows] = pending, lengths
+        for slot, token in zip(free, pending.tolist(), strict=True):
+            self._emit(slot, [token], [0], on_tokens)
+        if self.drafter:
+            self._drafts[rows] = self.drafter.propose(tapped, positions, following, last, rows)
+
+    def _step(self, on_tokens: OnTokens | None) -> None:
+        """One trunk forward over the pending token and the drafts of every row."""
+        tokens = torch.cat([self._pending[:, None], self._drafts], dim=1)  # [B, n]
+        positions = self._lengths[:, None] + torch.arange(self.n, device=tokens.device)
+        positions = torch.where(positions < self._ends()[:, None], positions, -1)
+        hidden, tapped = self._forward(tokens, positions, None)
+        targets = self.trunk.logits(hidden).argmax(dim=-1)  # [B, n]
+        accepted = accept_greedy(self._drafts, targets)  # [B]
+
+        for slot, (run, count) in enumerate(zip(targets.tolist(), accepted.tolist(), strict=True)):
+            if self._active[slot] is not None:
+                # Accepted drafts equal the targets, so the run can be read off the targets.
+                self._emit(slot, run[: count + 1], [*range(1, count + 1), 0], on_tokens, accepted=count)
+        self._pending = targets.gather(1, accepted[:, None])[:, 0]
+        self._lengths = self._lengths + accepted + 1  # rejected drafts lie beyond and are overwritten
+        if self.drafter:
+            valid = torch.arange(self.n, device=tokens.device) <= accepted[:, None]
+            self._drafts = self.drafter.propose(
+                tapped, torch.where(valid, positions, -1), targets, accepted, self._all_rows
+            )
+
+    def _emit(
+        self, slot: int, tokens: list[int], origins: list[int], on_tokens: OnTokens | None, accepted: int | None = None
+    ) -> None:
+        """Append a run to a row's text, cut exactly at a stop token or at the length."""
+        row = self._active[slot]
+        assert row is not None
+        result, room = row.result, row.limit - len(row.result.tokens)
+        stops = (place + 1 for place, token in enumerate(tokens) if token in self.stop_tokens)
+        end = min(next(stops, len(tokens)), room)
+        result.tokens += tokens[:end]
+        result.origins += origins[:end]
+        if accepted is not None and end == len(tokens):
+            result.accepted.append(accepted)
+        if result.tokens[-1] in self.stop_tokens:
+            result.finish = "stop"
+        elif end == room:
+            result.finish = "length"
+        if on_tokens:
+            on_tokens(row.index, tokens[:end], origins[:end])
+
+    # --- its state --------------------------------------------------------------------------------------------
+
+    def _begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        device = self.trunk.device
+        rows = max(1, min(self.rows, len(prompts)))
+        capacity = min(max((len(prompt) for prompt in prompts), default=0) + max_new_tokens, self.trunk.max_length)
+        self._active: list[_Row | None] = [None] * rows
+        self._cache = RaggedCache(len(self.trunk.layers), rows, capacity)
+        self._all_rows = torch.arange(rows, device=device)
+        self._lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self._pending = torch.zeros(rows, dtype=torch.long, device=device)
+        self._drafts = torch.zeros(rows, self.n - 1, dtype=torch.long, device=device)
+        if self.drafter:
+            self.drafter.begin(rows, capacity)
+
+    def _ends(self) -> Tensor:
+        """The first position of each row that is not needed any more [B]; 0 for a free row."""
+        ends = [0 if row is None else len(row.result.prompt) + row.limit for row in self._active]
+        return torch.tensor(ends, device=self._lengths.device)
+
+    def _forward(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        visible = self._cache.place(positions, rows)
+        return self.trunk.run(ids, positions, visible, self._cache, self.tap)
+
+    def _check(self, prompt: Sequence[int]) -> None:
+        if not prompt:
+            raise PromptError("The prompt is empty: give at least one token.")
+        if len(prompt) >= self.trunk.max_length:
+            raise PromptError(
+                f"The prompt has {len(prompt)} tokens; the model's context is {self.trunk.max_length}, which leaves no "
+                "room for an answer. Shorten the prompt."
+            )

@@ -1,0 +1,76 @@
+"""The one interface of heads: states per depth for training, drafts for decoding."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nextn.config import MultiTokenConfig
+from nextn.output import Output, build_output
+from nextn.trunk import RaggedCache, Trunk, causal
+
+
+@dataclass
+class Window:
+    """Trunk states from which drafts are made, oldest first.
+
+    hidden [B, W, D], positions [B, W] (consecutive in a row, negative: not in use), following [B, W] (the token
+    after each state), last [B] (index of the newest state in use; its following token is the pending one).
+    """
+
+    hidden: Tensor
+    positions: Tensor
+    following: Tensor
+    last: Tensor
+
+    def newest(self, states: Tensor) -> Tensor:
+        """The row's newest of states [B, W, ...] -> [B, ...]."""
+        return states[torch.arange(len(states), device=states.device), self.last]
+
+
+@dataclass
+class Text:
+    """A training batch as heads see it: ids [B, T], positions [B, T], documents [B, T] (-1: padding)."""
+
+    ids: Tensor
+    positions: Tensor
+    documents: Tensor
+
+    def visible(self):  # noqa: ANN201 (a VisibleFn)
+        """Causal within documents."""
+        return causal(self.positions, self.positions, self.documents, self.documents)
+
+
+class Heads(nn.Module, ABC):
+    """Heads of depth 2 … n over one trunk. Head 1 is the trunk's own LM head and is not among them."""
+
+    cache_count: int  # how many K/V caches drafting needs
+    lookback: int = 0  # how many earlier states drafting must see again, to replace entries made from drafts
+
+    def __init__(self, config: MultiTokenConfig, trunk: Trunk) -> None:
+        super().__init__()
+        self.n = config.n
+        self.tap = config.tap
+        self.output: Output = build_output(config.output, trunk)
+
+    @abstractmethod
+    def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
+        """Teacher-forced states, one [B, T, D] a depth 2 … n, ready for `self.output`.
+
+        The state of depth k at position t predicts the token t+k. Positions without such a token hold values that
+        mean nothing; the loss leaves them out.
+
+        Args:
+            hidden: the tapped trunk state [B, T, D].
+        """
+
+    @abstractmethod
+    def draft(self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None) -> Tensor:
+        """Drafts 1 … n-1, greedy: token ids [B, n-1]. Writes its K/V into `caches` at `rows` (None: all rows)."""
+
+    def _pick(self, trunk: Trunk, state: Tensor) -> Tensor:
+        """The best token [B] for states [B, D]."""
+        return self.output.token_ids(self.output(trunk, state).argmax(dim=-1))

@@ -1,0 +1,134 @@
+"""Sequential heads: each depth also reads the token before the one it predicts.
+
+Distinct modules are DeepSeek-V3's (arXiv:2412.19437, eqs 21-23); one module for all depths is FastMTP's
+(arXiv:2509.18362). The input is [norm(embedding) ; norm(previous state)], embedding first, as in the released weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from nextn.config import MultiTokenConfig
+from nextn.heads.base import Heads, Text, Window
+from nextn.trunk import RaggedCache, Trunk, VisibleFn
+
+
+class SequentialModule(nn.Module):
+    """One module: eh_proj([enorm(embedding) ; hnorm(state)]), one decoder layer of the host, its own norm."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        width = trunk.width
+        self.enorm = trunk.new_norm()
+        self.hnorm = trunk.new_norm()
+        self.eh_proj = nn.Linear(2 * width, width, bias=False, device=trunk.device, dtype=trunk.dtype)
+        self.layer = trunk.new_layer()
+        self.norm = trunk.new_norm(like_final=True)
+        with torch.no_grad():  # without calibration: pass the state on, ignore the token
+            self.eh_proj.weight.copy_(torch.eye(width, 2 * width).roll(width, dims=1))
+
+    def fuse(self, embedding: Tensor, state: Tensor) -> Tensor:
+        """[B, T, D] and [B, T, D] -> what eh_proj reads [B, T, 2D]."""
+        return torch.cat([self.enorm(embedding), self.hnorm(state)], dim=-1)
+
+    def forward(
+        self,
+        trunk: Trunk,
+        ids: Tensor,
+        state: Tensor,
+        positions: Tensor,
+        visible: VisibleFn,
+        cache: RaggedCache | DynamicCache | None = None,
+    ) -> Tensor:
+        """ids [B, T] and the previous state [B, T, D] -> the next state [B, T, D], after the module's norm."""
+        fused = self.fuse(trunk.embedding(ids).to(state.dtype), state)
+        return self.norm(trunk.run_layer(self.layer, self.eh_proj(fused), positions, visible, cache))
+
+
+def ahead(ids: Tensor, by: int) -> Tensor:
+    """ids [B, T] moved so that place t holds the id of t + by; the last `by` places mean nothing."""
+    return ids.roll(-by, dims=1)
+
+
+class DistinctHeads(Heads):
+    """One module a depth, each with its own K/V (DeepSeek-V3)."""
+
+    def __init__(self, config: MultiTokenConfig, trunk: Trunk) -> None:
+        super().__init__(config, trunk)
+        self.steps = nn.ModuleList(SequentialModule(trunk) for _ in range(self.n - 1))
+        self.cache_count = self.n - 1
+        # The module of depth k made its newest k-2 entries from drafts; see them again.
+        self.lookback = self.n - 2
+
+    def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
+        visible = text.visible()
+        states, state = [], hidden
+        for k, module in enumerate(self.steps, start=2):
+            state = module(trunk, ahead(text.ids, k - 1), state, text.positions, visible)
+            states.append(state)
+        return states
+
+    def draft(self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None) -> Tensor:
+        batch = torch.arange(len(window.last), device=window.last.device)
+        width = window.positions.shape[1]
+        # ids[:, j] is the token after state j; drafts are put behind the pending token as they come.
+        ids = torch.nn.functional.pad(window.following, (0, self.n - 1))
+        state = window.hidden
+        for k, (module, cache) in enumerate(zip(self.steps, caches, strict=True), start=2):
+            visible = cache.place(window.positions, rows)
+            state = module(trunk, ids[:, k - 2 : k - 2 + width], state, window.positions, visible, cache)
+            ids[batch, window.last + k - 1] = self._pick(trunk, window.newest(state))
+        first = window.last[:, None] + 1
+        return ids[batch[:, None], first + torch.arange(self.n - 1, device=ids.device)]
+
+
+class RecurrentHeads(Heads):
+    """One module for all depths, with one K/V whose past comes from trunk states (FastMTP).
+
+    In decoding the entries of the current chain, made from the module's own states, are overwritten next round.
+    Training uses exactly that mask: step k sees the step-1 entries up to its position, then its own chain.
+    """
+
+    cache_count = 1
+
+    def __init__(self, config: MultiTokenConfig, trunk: Trunk) -> None:
+        super().__init__(config, trunk)
+        self.step = SequentialModule(trunk)
+
+    def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
+        states, state = [], hidden
+        cache = DynamicCache()  # grows by one block of T entries a step
+        for k in range(2, self.n + 1):
+            chain = k - 2  # how many steps of its own chain this step can look back on
+            state = self.step(
+                trunk, ahead(text.ids, k - 1), state, text.positions + chain, self._chain_visible(text, chain), cache
+            )
+            states.append(state)
+        return states
+
+    @staticmethod
+    def _chain_visible(text: Text, chain: int) -> VisibleFn:
+        """The keys of a step: [step-1 entries up to the anchor | the anchor's own chain], [B, 1, T, (chain+1)·T]."""
+        anchored = text.visible()
+
+        def visible(window: int | None) -> Tensor:
+            past = anchored(None if window is None else window - chain)
+            own = torch.eye(past.shape[-1], dtype=torch.bool, device=past.device).expand_as(past)
+            return torch.cat([past] + [own] * chain, dim=-1)
+
+        return visible
+
+    def draft(self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None) -> Tensor:
+        (cache,) = caches
+        visible = cache.place(window.positions, rows)
+        states = self.step(trunk, window.following, window.hidden, window.positions, visible, cache)
+        state, position = window.newest(states)[:, None], window.newest(window.positions)[:, None]
+        drafts = [self._pick(trunk, state[:, 0])]
+        for _ in range(self.n - 2):
+            position = torch.where(position < 0, position, position + 1)
+            visible = cache.place(position, rows)
+            state = self.step(trunk, drafts[-1][:, None], state, position, visible, cache)
+            drafts.append(self._pick(trunk, state[:, 0]))
+        return torch.stack(drafts, dim=1)

@@ -1,0 +1,102 @@
+"""Projections from states to the vocabulary, behind one interface."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nextn.config import OutputConfig
+from nextn.trunk import Trunk
+
+
+class Output(nn.Module, ABC):
+    """From states [..., D] to logits over the tokens that this output can name."""
+
+    @abstractmethod
+    def forward(self, trunk: Trunk, states: Tensor) -> Tensor:
+        """states [..., D] -> logits [..., V'], V' the number of tokens that can be named."""
+
+    @abstractmethod
+    def token_ids(self, index: Tensor) -> Tensor:
+        """From indices into V' to token ids of the trunk, any shape."""
+
+    @abstractmethod
+    def targets(self, token_ids: Tensor) -> Tensor:
+        """From token ids to indices into V', any shape; -100 where the token cannot be named."""
+
+
+class SharedOutput(Output):
+    """The trunk's own unembedding."""
+
+    def forward(self, trunk: Trunk, states: Tensor) -> Tensor:
+        return trunk.logits(states)
+
+    def token_ids(self, index: Tensor) -> Tensor:
+        return index
+
+    def targets(self, token_ids: Tensor) -> Tensor:
+        return token_ids
+
+
+class TrimmedOutput(Output):
+    """A subset of the vocabulary, its rows tied to the trunk's unembedding (FR-Spec, arXiv:2502.14856).
+
+    Only the kept ids are stored, int32 [V']. Tokens outside the subset are never drafted.
+    """
+
+    kept: Tensor
+    _index_of: Tensor
+
+    def __init__(self, size: int, trunk: Trunk) -> None:
+        super().__init__()
+        # Before a text is seen: the lowest ids, which in byte-pair vocabularies are the most frequent.
+        self.register_buffer("kept", torch.arange(size, dtype=torch.int32, device=trunk.device))
+        self.vocab_size = trunk.vocab_size
+        self._rows: tuple[tuple[int, int], Tensor] | None = None
+
+    def keep(self, token_ids: Tensor) -> None:
+        """Choose the subset: token ids [V'], distinct."""
+        if token_ids.shape != self.kept.shape or len(token_ids.unique()) != len(token_ids):
+            raise ValueError(f"a trimmed output of size {len(self.kept)} needs that many distinct token ids.")
+        self.kept.copy_(token_ids.sort().values)
+        self._rows = None
+
+    def forward(self, trunk: Trunk, states: Tensor) -> Tensor:
+        return F.linear(states, self._kept_rows(trunk.unembedding.weight).to(states.dtype))
+
+    def _kept_rows(self, weight: Tensor) -> Tensor:
+        if weight.requires_grad:
+            return weight[self.kept.long()]
+        version = (weight.data_ptr(), weight._version)  # a frozen table is gathered once
+        if self._rows is None or self._rows[0] != version:
+            self._rows = version, weight[self.kept.long()]
+        return self._rows[1]
+
+    def token_ids(self, index: Tensor) -> Tensor:
+        return self.kept[index].long()
+
+    def targets(self, token_ids: Tensor) -> Tensor:
+        index_of = torch.full((self.vocab_size,), -100, device=self.kept.device)
+        index_of[self.kept.long()] = torch.arange(len(self.kept), device=self.kept.device)
+        return torch.where(token_ids < 0, -100, index_of[token_ids.clamp(min=0)])
+
+
+def build_output(config: OutputConfig, trunk: Trunk) -> Output:
+    """The output that `config` describes, over the vocabulary of `trunk`."""
+    if config.kind == "shared":
+        return SharedOutput()
+    assert config.size is not None
+    if config.size > trunk.vocab_size:
+        raise ValueError(f"output.size is {config.size}, but the base's vocabulary has {trunk.vocab_size} tokens.")
+    return TrimmedOutput(config.size, trunk)
+
+
+def most_frequent(token_ids: Tensor, size: int, vocab_size: int, always: list[int]) -> Tensor:
+    """The `size` most frequent of token_ids (any shape), with the ids of `always` among them; sorted [size]."""
+    counts = torch.bincount(token_ids.flatten(), minlength=vocab_size)
+    counts[torch.tensor(always, dtype=torch.long)] = counts.max() + 1
+    # A stable sort: ties, unseen tokens among them, go to the lower id.
+    return counts.argsort(descending=True, stable=True)[:size].sort().values

@@ -1,0 +1,342 @@
+"""Everything that nextn asks of a host model, in one place.
+
+A *host* is a Hugging Face causal language model; its *trunk* is that model seen from nextn: embedding,
+decoder layers, final norm, unembedding. All that leans on internals of transformers (masks, cache layers, the
+call of one decoder layer) lives in this module and nowhere else. It knows transformers 5.17 to 5.23.
+
+Shapes: B batch, T time, S keys, H heads, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+TAPS = ("post_norm", "pre_norm", "before_last_layer")
+
+# Attention patterns that a buffer of full length can serve, and so can be rolled back.
+_ATTENTION_TYPES = {"full_attention", "sliding_attention"}
+
+VisibleFn = Callable[[int | None], Tensor]
+
+
+class HostError(ValueError):
+    """A host model that nextn cannot work with; the message says why."""
+
+
+class Trunk:
+    """A host causal LM, seen as embedding, decoder layers, final norm and unembedding.
+
+    It holds references only: it is no module, so that heads that use it do not register the host twice.
+
+    Args:
+        model: a causal language model of transformers with `layers`, `norm` and `rotary_emb` in its decoder
+            (Llama, Qwen2, Qwen3, Mistral, Gemma 3, Phi-3, DeepSeek-V3 and their kin).
+
+    Raises:
+        HostError: where the host's generation cannot be rolled back or its parts cannot be found.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        _refuse_unfit(model)
+        self.model = model
+        self.decoder: nn.Module = model.get_decoder()
+        self.config = self.decoder.config
+        self.layers: nn.ModuleList = self.decoder.layers
+        self.norm: nn.Module = self.decoder.norm
+        self.embedding: nn.Module = model.get_input_embeddings()
+        self.unembedding: nn.Linear = model.get_output_embeddings()
+        self.layer_types: list[str] = _layer_types(self.config)
+        rotary_arguments = inspect.signature(self.decoder.rotary_emb.forward).parameters
+        self._rotary_by_type = "layer_type" in rotary_arguments
+
+    # --- what it is -------------------------------------------------------------------------------------------
+
+    @property
+    def width(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.unembedding.weight.shape[0])
+
+    @property
+    def max_length(self) -> int:
+        """The context: how many positions the host was made for."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unembedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.unembedding.weight.device
+
+    @property
+    def last_layer_type(self) -> str:
+        return self.layer_types[-1]
+
+    def window(self, layer_type: str) -> int | None:
+        """How many keys a query of this layer type sees, itself included; None where it sees all."""
+        return int(self.config.sliding_window) if layer_type == "sliding_attention" else None
+
+    # --- parts for heads --------------------------------------------------------------------------------------
+
+    def new_layer(self) -> nn.Module:
+        """A decoder layer like the host's last one, weights included: the start of a head."""
+        return copy.deepcopy(self.layers[-1]).requires_grad_(True)
+
+    def new_norm(self, like_final: bool = False) -> nn.Module:
+        """A norm of the host's class: neutral, or with the weights of the host's final norm."""
+        norm = copy.deepcopy(self.norm).requires_grad_(True)
+        if not like_final:
+            fresh = type(self.norm)(self.width)  # each class knows whether its neutral weight is 0 or 1
+            norm.load_state_dict(fresh.to(device=self.device, dtype=self.dtype).state_dict())
+        return norm
+
+    # --- running it -------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        visible: VisibleFn,
+        cache: Cache | None = None,
+        tap: str = "post_norm",
+    ) -> tuple[Tensor, Tensor]:
+        """The decoder over input_ids [B, T] at positions [B, T].
+
+        Args:
+            visible: from a window (or None) to the keys each query sees, bool [B, 1, T, S].
+            tap: which state the heads read, one of `TAPS`.
+
+        Returns:
+            the state after the final norm [B, T, D] and the tapped state [B, T, D].
+        """
+        with self._tapping(tap) as caught:
+            hidden = self.decoder(
+                input_ids=input_ids,
+                attention_mask=self._masks(visible),
+                position_ids=positions.clamp(min=0),
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+        return hidden, caught.get("state", hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden after the final norm [..., D] -> the host's own logits [..., V]."""
+        return self.unembedding(hidden)
+
+    def run_layer(
+        self, layer: nn.Module, states: Tensor, positions: Tensor, visible: VisibleFn, cache: Cache | None = None
+    ) -> Tensor:
+        """One decoder layer of the host's last kind over states [B, T, D] at positions [B, T]."""
+        positions = positions.clamp(min=0)
+        kind = (self.last_layer_type,) if self._rotary_by_type else ()
+        output = layer(
+            states,
+            attention_mask=self._mask(visible(self.window(self.last_layer_type))),
+            position_ids=positions,
+            past_key_values=cache,
+            position_embeddings=self.decoder.rotary_emb(states, positions, *kind),
+        )
+        return output[0] if isinstance(output, tuple) else output
+
+    @contextmanager
+    def _tapping(self, tap: str) -> Iterator[dict[str, Tensor]]:
+        """Catch the input of the final norm or of the last layer during one forward."""
+        caught: dict[str, Tensor] = {}
+        if tap == "post_norm":
+            yield caught
+            return
+        module = self.norm if tap == "pre_norm" else self.layers[-1]
+
+        def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught["state"] = args[0] if args else kwargs["hidden_states"]
+
+        handle = module.register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            yield caught
+        finally:
+            handle.remove()
+
+    def _masks(self, visible: VisibleFn) -> Tensor | dict[str, Tensor]:
+        # A plain 4D mask given to a host with several layer types would silently remove the sliding window.
+        masks = {kind: self._mask(visible(self.window(kind))) for kind in sorted(set(self.layer_types))}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _mask(self, visible: Tensor) -> Tensor:
+        if self.config._attn_implementation == "sdpa":
+            return visible
+        hidden_value = torch.finfo(self.dtype).min  # eager attention adds its mask
+        return torch.zeros_like(visible, dtype=self.dtype).masked_fill(~visible, hidden_value)
+
+
+def causal(
+    queries: Tensor, keys: Tensor, query_documents: Tensor | None = None, key_documents: Tensor | None = None
+) -> VisibleFn:
+    """Who sees whom: query positions [B, T], key positions [B or 1, S], documents of the same shapes.
+
+    A key is visible at its own position and later, within the window, within its document. A negative query
+    position stands for a place that is not in use: it sees position 0 only, so that nothing turns into NaN.
+    """
+
+    def visible(window: int | None) -> Tensor:
+        distance = queries.clamp(min=0)[:, :, None] - keys[:, None, :]  # [B, T, S]
+        seen = distance >= 0
+        if window is not None:
+            seen &= distance < window
+        if query_documents is not None and key_documents is not None:
+            seen &= query_documents[:, :, None] == key_documents[:, None, :]
+        return seen[:, None]
+
+    return visible
+
+
+# --- caches -----------------------------------------------------------------------------------------------------
+
+
+class _Buffer(CacheLayerMixin):
+    """Keys [B, H, S, Dk] and values [B, H, S, Dv] of one layer in buffers of fixed size."""
+
+    def __init__(self, rows: int, slots: int) -> None:
+        super().__init__()
+        self.rows, self.slots = rows, slots
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        def empty(states: Tensor) -> Tensor:  # MLA: keys and values differ in their last dimension
+            return states.new_zeros(self.rows, states.shape[1], self.slots, states.shape[3])
+
+        self.keys, self.values = empty(key_states), empty(value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("a buffer is written through its RaggedCache")
+
+    def get_seq_length(self) -> int:
+        return 0  # each row has its own length; who runs the host passes positions and masks
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.slots, 0
+
+    def get_max_length(self) -> int:
+        return self.slots
+
+    def get_max_cache_shape(self) -> int:  # the name of get_max_length before transformers 5.2x
+        return self.slots
+
+
+class RaggedCache(Cache):
+    """Key and value buffers in which each row stands at its own position.
+
+    A token at position p of its row is written to slot p, whatever stood there; a query at position q sees the
+    slots up to q. So what a rejected draft wrote is never seen before it is overwritten, and rolling a row back is
+    nothing but feeding it a smaller position next time. Negative positions go to one spare slot that nobody reads.
+    Buffers have full length on sliding layers too: a rolling buffer cannot roll back.
+
+    Args:
+        layers: how many layers write into it. With 1, any layer may (a head's layer keeps the host's layer index).
+        rows: B, how many sequences.
+        capacity: how many positions a row may have.
+    """
+
+    def __init__(self, layers: int, rows: int, capacity: int) -> None:
+        super().__init__(layers=[_Buffer(rows, capacity + 1) for _ in range(layers)])
+        self.capacity = capacity
+        self._rows: Tensor | None = None
+        self._slots = torch.empty(0)
+        self._seen = 0
+
+    def place(self, positions: Tensor, rows: Tensor | None = None) -> VisibleFn:
+        """Say where the next forward writes: positions [B, T], rows [B] (None: all). Returns who sees what."""
+        self._rows = rows
+        self._slots = torch.where(positions < 0, self.capacity, positions)
+        # Attention over the slots in use, rounded up so that shapes repeat.
+        self._seen = min(self.capacity, (int(positions.max().clamp(min=0)) // 64 + 1) * 64)
+        return causal(positions, torch.arange(self._seen, device=positions.device)[None])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        layer = self.layers[layer_idx % len(self.layers)]
+        if not layer.is_initialized:
+            layer.lazy_initialization(key_states, value_states)
+        return self._write(layer.keys, key_states), self._write(layer.values, value_states)
+
+    def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
+        rows = self._rows
+        at = torch.arange(buffer.shape[0], device=buffer.device) if rows is None else rows
+        buffer[at[:, None], :, self._slots] = states.transpose(1, 2)  # [B, H, T, Dk] -> [B, T, H, Dk]
+        used = buffer[:, :, : self._seen]
+        return used if rows is None else used[rows]
+
+
+# --- what a host must have ----------------------------------------------------------------------------------------
+
+
+def _layer_types(config: Any) -> list[str]:
+    """The attention pattern of each layer, for hosts that name it by layer and for those that do not."""
+    named = getattr(config, "layer_types", None)
+    if named is not None:
+        return list(named)[: config.num_hidden_layers]
+    sliding = getattr(config, "sliding_window", None) is not None
+    return ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
+
+
+def _refuse_unfit(model: PreTrainedModel) -> None:
+    """Refuse, in one sentence, what nextn cannot decode with or train heads on."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise HostError(f"{name} is not a transformers model: load it with AutoModelForCausalLM.from_pretrained first.")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise HostError(f"{name} is an encoder-decoder model; nextn works on decoder-only causal language models.")
+    if model.get_output_embeddings() is None:
+        raise HostError(f"{name} has no language model head; load it with AutoModelForCausalLM.")
+    decoder = model.get_decoder()
+    strange = sorted(set(_layer_types_or_none(decoder)) - _ATTENTION_TYPES)
+    if strange or getattr(model, "_is_stateful", False):
+        what = f"layers of type {', '.join(strange)}" if strange else "a recurrent state"
+        raise HostError(f"{name} has {what}, which cannot be rolled back after a rejected draft; not supported yet.")
+    missing = [part for part in ("layers", "norm", "rotary_emb", "embed_tokens") if not hasattr(decoder, part)]
+    if missing:
+        raise HostError(
+            f"{name} has no `{missing[0]}` in its decoder; nextn supports hosts built like Llama "
+            "(decoder layers, one final norm, rotary positions)."
+        )
+    attention = decoder.config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise HostError(f"{name} uses attn_implementation='{attention}'; load it with attn_implementation='sdpa'.")
+
+
+def _layer_types_or_none(decoder: nn.Module) -> list[str]:
+    config = getattr(decoder, "config", None)
+    return _layer_types(config) if hasattr(config, "num_hidden_layers") else []
+
+
+@torch.no_grad()
+def check_logits(trunk: Trunk) -> None:
+    """Refuse a host whose logits are not its unembedding of its last hidden state (a soft cap, a scale).
+
+    Raises:
+        HostError: where `trunk.logits(hidden)` differs from the host's own logits on a short input.
+    """
+    device = trunk.device
+    if device.type == "meta":
+        return
+    ids = torch.arange(4, device=device)[None] % trunk.vocab_size
+    theirs = trunk.model(input_ids=ids, use_cache=False).logits.float()
+    ours = trunk.logits(trunk.decoder(input_ids=ids, use_cache=False).last_hidden_state).float()
+    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
+        raise HostError(
+            f"{type(trunk.model).__name__} changes its logits after the unembedding (a soft cap or a scale); "
+            "not supported yet."
+        )
