@@ -48,7 +48,6 @@ class TrimmedOutput(Output):
     """
 
     kept: Tensor
-    _index_of: Tensor
 
     def __init__(self, size: int, trunk: Trunk) -> None:
         super().__init__()
@@ -65,7 +64,8 @@ class TrimmedOutput(Output):
         self._rows = None
 
     def forward(self, trunk: Trunk, states: Tensor) -> Tensor:
-        return F.linear(states, self._kept_rows(trunk.unembedding.weight).to(states.dtype))
+        rows = self._kept_rows(trunk.unembedding.weight)
+        return F.linear(states.to(rows.dtype), rows)
 
     def _kept_rows(self, weight: Tensor) -> Tensor:
         if weight.requires_grad:

@@ -48,7 +48,7 @@ class Trunk:
     def __init__(self, model: PreTrainedModel) -> None:
         _refuse_unfit(model)
         self.model = model
-        self.decoder: nn.Module = model.get_decoder()
+        self.decoder: Any = model.get_decoder()
         self.config = self.decoder.config
         self.layers: nn.ModuleList = self.decoder.layers
         self.norm: nn.Module = self.decoder.norm
@@ -134,7 +134,7 @@ class Trunk:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden after the final norm [..., D] -> the host's own logits [..., V]."""
-        return self.unembedding(hidden)
+        return self.unembedding(hidden.to(self.dtype))
 
     def run_layer(
         self, layer: nn.Module, states: Tensor, positions: Tensor, visible: VisibleFn, cache: Cache | None = None
@@ -267,7 +267,7 @@ class RaggedCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        layer = self.layers[layer_idx % len(self.layers)]
+        layer: Any = self.layers[layer_idx % len(self.layers)]
         if not layer.is_initialized:
             layer.lazy_initialization(key_states, value_states)
         return self._write(layer.keys, key_states), self._write(layer.values, value_states)

@@ -57,9 +57,7 @@ class HeadDrafter:
         self._keep_past(window, rows)
         return drafts
 
-    def _with_past(
-        self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, rows: Tensor
-    ) -> Window:
+    def _with_past(self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, rows: Tensor) -> Window:
         back = self.heads.lookback
         steps_back = torch.arange(-back, 0, device=positions.device)
         past_positions = (positions[:, :1] + steps_back).clamp(min=-1)

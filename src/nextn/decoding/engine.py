@@ -99,6 +99,10 @@ class Engine:
 
     # --- the algorithm ----------------------------------------------------------------------------------------
 
+    _pending: Tensor  # [B] the newest token of each row, not yet read by the trunk
+    _drafts: Tensor  # [B, n-1]
+    _lengths: Tensor  # [B] how many tokens of each row the cache holds
+
     def _admit(self, waiting: list[tuple[int, Sequence[int]]], max_new_tokens: int, on_tokens: OnTokens | None) -> None:
         """Prefill: read prompts into the free rows, emit each row's first token, make its first drafts."""
         free = [slot for slot, row in enumerate(self._active) if row is None][: len(waiting)]

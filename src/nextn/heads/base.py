@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nextn.config import MultiTokenConfig
 from nextn.output import Output, build_output
-from nextn.trunk import RaggedCache, Trunk, causal
+from nextn.trunk import RaggedCache, Trunk, VisibleFn, causal
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Text:
     positions: Tensor
     documents: Tensor
 
-    def visible(self):  # noqa: ANN201 (a VisibleFn)
+    def visible(self) -> VisibleFn:
         """Causal within documents."""
         return causal(self.positions, self.positions, self.documents, self.documents)
 
@@ -53,7 +53,7 @@ class Heads(nn.Module, ABC):
     def __init__(self, config: MultiTokenConfig, trunk: Trunk) -> None:
         super().__init__()
         self.n = config.n
-        self.tap = config.tap
+        self.tap: str = config.tap or "post_norm"
         self.output: Output = build_output(config.output, trunk)
 
     @abstractmethod
@@ -70,6 +70,9 @@ class Heads(nn.Module, ABC):
     @abstractmethod
     def draft(self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None) -> Tensor:
         """Drafts 1 … n-1, greedy: token ids [B, n-1]. Writes its K/V into `caches` at `rows` (None: all rows)."""
+
+    def calibrate(self, trunk: Trunk, text: Text) -> None:
+        """Set the start of the weights from what the trunk does on a text, where a kind of heads can."""
 
     def _pick(self, trunk: Trunk, state: Tensor) -> Tensor:
         """The best token [B] for states [B, D]."""

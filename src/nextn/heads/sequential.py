@@ -46,6 +46,23 @@ class SequentialModule(nn.Module):
         fused = self.fuse(trunk.embedding(ids).to(state.dtype), state)
         return self.norm(trunk.run_layer(self.layer, self.eh_proj(fused), positions, visible, cache))
 
+    @torch.no_grad()
+    def calibrate(self, trunk: Trunk, text: Text) -> None:
+        """Fit eh_proj, in closed form, to the state that the host's last layer reads one position later.
+
+        The module's layer starts as a copy of that last layer, so with a good eh_proj the module starts as the
+        trunk's own guess one token further. Ridge regression in float64 over the positions of the text.
+        """
+        weight: Tensor = self.eh_proj.weight
+        hidden, into_last = trunk.run(text.ids, text.positions, text.visible(), tap="before_last_layer")
+        next_in_document = (text.documents[:, 1:] == text.documents[:, :-1]) & (text.documents[:, 1:] >= 0)
+        fused = self.fuse(trunk.embedding(text.ids).to(hidden.dtype)[:, 1:], hidden[:, :-1])
+        inputs = fused[next_in_document].double()  # [N, 2D]
+        wanted = into_last[:, 1:][next_in_document].double()  # [N, D]
+        gram = inputs.T @ inputs
+        ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
+        weight.copy_(torch.linalg.solve(gram + ridge, inputs.T @ wanted).T)
+
 
 def ahead(ids: Tensor, by: int) -> Tensor:
     """ids [B, T] moved so that place t holds the id of t + by; the last `by` places mean nothing."""
@@ -61,6 +78,11 @@ class DistinctHeads(Heads):
         self.cache_count = self.n - 1
         # The module of depth k made its newest k-2 entries from drafts; see them again.
         self.lookback = self.n - 2
+
+    def calibrate(self, trunk: Trunk, text: Text) -> None:
+        for module in self.steps:
+            assert isinstance(module, SequentialModule)
+            module.calibrate(trunk, text)
 
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
         visible = text.visible()
@@ -96,6 +118,9 @@ class RecurrentHeads(Heads):
     def __init__(self, config: MultiTokenConfig, trunk: Trunk) -> None:
         super().__init__(config, trunk)
         self.step = SequentialModule(trunk)
+
+    def calibrate(self, trunk: Trunk, text: Text) -> None:
+        self.step.calibrate(trunk, text)
 
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
         states, state = [], hidden

@@ -1,0 +1,174 @@
+"""The command line: one short function a verb. Parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+app = typer.Typer(
+    help="Multi-token prediction for any Hugging Face causal language model: train heads, decode losslessly.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+
+DType = Literal["auto", "float32", "bfloat16"]
+Kind = Literal["recurrent", "distinct", "parallel"]
+
+
+def _plainly(verb: Callable[..., None]) -> Callable[..., None]:
+    """Bad input ends in one sentence and exit status 1, without a traceback."""
+
+    @wraps(verb)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            verb(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            Console(stderr=True).print(f"[red]nextn:[/red] {error}", highlight=False)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+@app.command()
+@_plainly
+def attach(
+    base: Annotated[str, typer.Argument(help="The model to attach heads to: a directory or a hub name.")],
+    data: Annotated[list[Path], typer.Option(help="JSON lines with prompt and answer, or text; repeatable.")],
+    out: Annotated[Path, typer.Option(help="Where the heads go; training goes on from here when killed.")],
+    n: Annotated[int, typer.Option(help="Tokens predicted, the next one included: n - 1 drafts a step.")] = 4,
+    heads: Annotated[Kind, typer.Option(help="One module for all depths, one each, or parallel heads.")] = "recurrent",
+    vocabulary: Annotated[int, typer.Option(help="Tokens that drafts can name, most frequent first; 0: all.")] = 8192,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate, cosine to a tenth.")] = 5e-4,
+    length: Annotated[int, typer.Option(help="Tokens in a packed block.")] = 512,
+    batch: Annotated[int, typer.Option(help="Blocks in a batch.")] = 8,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
+) -> None:
+    """Train heads on a frozen model."""
+    from nextn.training import AttachRecipe, attach_and_train
+
+    attach_and_train(
+        AttachRecipe(
+            base=base,
+            data=data,
+            out=out,
+            n=n,
+            heads=heads,
+            vocabulary=vocabulary,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            length=length,
+            batch=batch,
+            save_steps=save_steps,
+            seed=seed,
+        ),
+        say=console.print,
+    )
+
+
+@app.command()
+@_plainly
+def generate(
+    model: Annotated[str, typer.Argument(help="A directory that nextn wrote, or with --heads 1 any causal model.")],
+    prompt: Annotated[str, typer.Argument(help="What the user says.")],
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 128,
+    heads: Annotated[int | None, typer.Option(help="1: the plain model alone. Default: all heads.")] = None,
+    dtype: Annotated[DType, typer.Option(help="Dtype of trunk and heads.")] = "auto",
+) -> None:
+    """Decode a prompt, streaming, and say what the drafts were worth."""
+    from nextn.data import checked_prompt
+    from nextn.evaluation.acceptance import Acceptance
+    from nextn.formats.native import open_for_decoding
+
+    engine, tokenizer = open_for_decoding(model, heads, dtype)
+    ids = checked_prompt(tokenizer, prompt)
+    shown: list[int] = []
+
+    def stream(_index: int, tokens: list[int], _origins: list[int]) -> None:
+        before = tokenizer.decode(shown, skip_special_tokens=True)
+        shown.extend(tokens)
+        sys.stdout.write(str(tokenizer.decode(shown, skip_special_tokens=True))[len(before) :])
+        sys.stdout.flush()
+
+    ((_, result),) = engine.generate([ids], max_new_tokens, stream)
+    sys.stdout.write("\n")
+    figures = Acceptance.of([result], engine.n)
+    Console(stderr=True).print(f"[dim]{len(result.tokens)} tokens, τ {figures.tau:.2f}[/dim]")
+
+
+@app.command()
+@_plainly
+def distill(
+    base: Annotated[str, typer.Argument(help="The model that answers: a directory or a hub name.")],
+    prompts: Annotated[Path, typer.Option(help="JSON lines with a `prompt` each.")],
+    out: Annotated[Path, typer.Option(help="Where answers are appended; prompts answered there are skipped.")],
+    limit: Annotated[int | None, typer.Option(help="Answer this many prompts at most.")] = None,
+    rows: Annotated[int, typer.Option(help="Prompts answered side by side.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 256,
+    dtype: Annotated[DType, typer.Option(help="Dtype of the model.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the order of the prompts.")] = 0,
+) -> None:
+    """Make training text: let the base model answer prompts, in batches, resumable."""
+    import random
+
+    from nextn.data import read_prompts
+    from nextn.distill import distill as run
+    from nextn.distill import interleaved, remaining
+    from nextn.formats.native import open_for_decoding, writable
+
+    records = read_prompts(prompts)
+    random.Random(seed).shuffle(records)
+    writable(out.parent)
+    todo = remaining(interleaved(records)[:limit], out)
+    engine, tokenizer = open_for_decoding(base, 1, dtype, rows=rows)
+    with Progress(
+        TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[t]}")
+    ) as bar:
+        task, tokens = bar.add_task("", total=len(todo), t=""), 0
+        for count in run(engine, tokenizer, todo, out, max_new_tokens=max_new_tokens):
+            tokens += count
+            bar.update(task, advance=1, t=f"{tokens:,} tokens")
+
+
+@app.command()
+@_plainly
+def info(
+    directory: Annotated[Path, typer.Argument(help="A directory that nextn wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a directory holds: base, hash, heads, parameters and bytes of each part."""
+    from nextn.formats.native import contents
+
+    found = contents(directory)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    table = Table(title=str(directory), title_justify="left")
+    for column in ("part", "parameters", "bytes"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for part, size in found["parts"].items():
+        table.add_row(part, f"{size['parameters']:,}", f"{size['bytes']:,}")
+    for key in ("base", "hash", "heads", "n", "output", "tap"):
+        console.print(f"{key:>8}  {found[key]}", highlight=False)
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point of the `nextn` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Training text from the base model's own answers (self-distillation, as in FastMTP, arXiv:2509.18362).
+
+Heads draft for the base model, so what they should learn is the base model's own greedy text. Answers are appended as
+they come: the same command goes on where it was killed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+from nextn.data import prompt_ids, read_jsonl
+from nextn.decoding.engine import Engine
+
+
+def distill(
+    engine: Engine, tokenizer: Any, prompts: list[dict[str, Any]], out: Path, max_new_tokens: int = 256
+) -> Iterator[int]:
+    """Answer each record's `prompt` greedily and append the record, with `answer` and `finish`, to `out`.
+
+    Yields:
+        the number of tokens of each answer, once it is written.
+
+    Raises:
+        PromptError: for a prompt that does not fit the model's context.
+    """
+    ids = [prompt_ids(tokenizer, record["prompt"]) for record in prompts]
+    with out.open("a", encoding="utf-8") as file:
+        for index, result in engine.generate(ids, max_new_tokens):
+            answer = tokenizer.decode(result.tokens, skip_special_tokens=True)
+            record = {**prompts[index], "answer": answer, "finish": result.finish}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            yield len(result.tokens)
+
+
+def remaining(prompts: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """The prompts that `out` does not answer yet."""
+    done = answered(out)
+    return [record for record in prompts if record["prompt"] not in done]
+
+
+def answered(out: Path) -> set[str]:
+    """The prompts that a file already answers; a last line that a kill cut short is removed from it."""
+    if not out.exists():
+        return set()
+    text = out.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        out.write_bytes(whole)
+    return {record["prompt"] for record in read_jsonl(out)} if whole.strip() else set()
+
+
+def interleaved(prompts: list[dict[str, Any]], key: str = "category") -> list[dict[str, Any]]:
+    """Prompts in turn from each category, so that any first part of them is an even mix."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in prompts:
+        groups[record.get(key, "")].append(record)
+    turns = zip_longest(*groups.values())
+    return [record for record in chain.from_iterable(turns) if record is not None]

@@ -1,0 +1,240 @@
+"""A causal language model together with its heads: training loss, lossless generation, attaching."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from nextn.config import MultiTokenConfig
+from nextn.decoding.drafting import HeadDrafter
+from nextn.decoding.engine import Engine
+from nextn.heads import build_heads
+from nextn.heads.base import Text
+from nextn.losses import IGNORE, head_loss, targets_at
+from nextn.trunk import Trunk, check_logits
+
+
+@dataclass
+class MultiTokenOutput(ModelOutput):
+    """What `MultiTokenModel.forward` returns.
+
+    loss: Σ w_k · L_k, a scalar; None without labels.
+    logits: the trunk's next-token logits [B, T, V]; None with labels, where nobody needs them whole.
+    depth_losses: mean negative log-likelihood by depth 1 … n [n], NaN where a depth was not computed.
+    depth_accuracies: share of targets that were the best token, by depth [n]; a target that a trimmed output cannot
+        name counts as missed.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    depth_losses: Tensor | None = None
+    depth_accuracies: Tensor | None = None
+
+
+class MultiTokenModel(PreTrainedModel):
+    """Trunk and heads. Made by `nextn.attach` and `nextn.load`.
+
+    `model(input_ids, labels=...)` gives the loss of the design under any trainer; `model.generate(...)` decodes with
+    the heads as drafter and gives the text that the base model alone would give (greedy).
+    """
+
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    supports_gradient_checkpointing = False
+
+    def __init__(self, base: PreTrainedModel, config: MultiTokenConfig) -> None:
+        super().__init__(base.config)
+        trunk = Trunk(base)
+        self.base = base
+        self.trunk = trunk
+        self.multi_token = config
+        self.heads = build_heads(config, trunk)
+        self.generation_config = base.generation_config
+        self.base.requires_grad_(not config.freeze_trunk)
+        self.train(base.training)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # the base has chosen already; transformers asks each class anew
+
+    def train(self, mode: bool = True) -> MultiTokenModel:
+        super().train(mode)
+        if self.multi_token.freeze_trunk:
+            self.base.eval()
+        return self
+
+    # --- training ---------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> MultiTokenOutput:
+        """The loss, or without labels the trunk's logits.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T], 0 for padding on either side.
+            position_ids: [B, T], starting again at 0 where a packed document begins.
+            labels: [B, T] aligned with input_ids (not shifted), -100 where not trained on.
+            num_items_in_batch: the denominator; without it the count of valid t+1 targets.
+        """
+        text = as_text(input_ids, attention_mask, position_ids)
+        frozen = self.multi_token.freeze_trunk
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            hidden, tapped = self.trunk.run(text.ids, text.positions, text.visible(), tap=self.heads.tap)
+        if labels is None:
+            return MultiTokenOutput(logits=self.trunk.logits(hidden))
+        return self._loss(text, hidden, tapped, labels, num_items_in_batch)
+
+    def _loss(
+        self, text: Text, hidden: Tensor, tapped: Tensor, labels: Tensor, denominator: Tensor | int | None
+    ) -> MultiTokenOutput:
+        n, weights = self.multi_token.n, self.multi_token.weights.by_depth(self.multi_token.n)
+        counts = [(targets_at(labels, text.documents, k) != IGNORE).sum() for k in range(1, n + 1)]
+        sums = torch.full((n,), torch.nan, device=hidden.device)
+        correct = torch.full((n,), torch.nan, device=hidden.device)
+        total: Tensor | float = 0.0
+
+        def add(depth: int, states: Tensor, project: Any, targets: Tensor) -> None:
+            nonlocal total
+            loss, hits = head_loss(project, states, targets)
+            total = total + weights[depth - 1] * loss
+            sums[depth - 1], correct[depth - 1] = loss.detach(), hits
+
+        if weights[0]:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.multi_token.freeze_trunk):
+                add(1, hidden, self.trunk.logits, targets_at(labels, text.documents, 1))
+        tapped = tapped.to(next(self.heads.parameters()).dtype)
+        output = self.heads.output
+        for k, states in enumerate(self.heads(self.trunk, tapped, text), start=2):
+            targets = output.targets(targets_at(labels, text.documents, k))
+            add(k, states, lambda chosen: output(self.trunk, chosen), targets)
+
+        by_depth = torch.stack(counts).clamp(min=1)
+        return MultiTokenOutput(
+            loss=torch.as_tensor(total) / (counts[0].clamp(min=1) if denominator is None else denominator),
+            depth_losses=sums / by_depth,
+            depth_accuracies=correct / by_depth,
+        )
+
+    # --- decoding ---------------------------------------------------------------------------------------------
+
+    def engine(self, rows: int = 1, heads: int | None = None, stop_tokens: Iterable[int] | None = None) -> Engine:
+        """A decoding engine of this model.
+
+        Args:
+            rows: how many prompts are decoded side by side.
+            heads: None for all heads, 1 for the plain model.
+            stop_tokens: ids that end a text; default: the model's own end tokens.
+        """
+        drafter = None if heads == 1 else HeadDrafter(self.trunk, self.heads)
+        return Engine(self.trunk, drafter, rows, end_tokens(self.base) if stop_tokens is None else stop_tokens)
+
+    @torch.inference_mode()
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int = 128,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        heads: int | None = None,
+        streamer: Any = None,
+        do_sample: bool = False,
+    ) -> Tensor:
+        """Greedy text of the base model, drafted by the heads.
+
+        Args:
+            input_ids: prompts [B, T], padded on either side where attention_mask [B, T] is 0.
+            eos_token_id: one or several stop tokens; default: those of the generation config.
+            heads: None for all heads, 1 for the plain model alone.
+            streamer: a transformers streamer (batch 1).
+
+        Returns:
+            input_ids and the new tokens [B, T + new], shorter rows filled with pad_token_id.
+
+        Raises:
+            ValueError: for sampling, which is not there yet, or a streamer with several prompts.
+        """
+        if do_sample:
+            raise ValueError("nextn decodes greedily so far; call generate with do_sample=False.")
+        if streamer is not None and len(input_ids) > 1:
+            raise ValueError("A streamer follows one prompt only; generate them one by one.")
+        stops = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+
+        def stream(_index: int, tokens: list[int], _origins: list[int]) -> None:
+            if streamer is not None:
+                for token in tokens:
+                    streamer.put(torch.tensor([token]))
+
+        engine = self.engine(len(prompts), heads, stops)
+        done = dict(engine.generate(prompts, max_new_tokens, stream))
+        if streamer is not None:
+            streamer.end()
+        if pad_token_id is None:
+            pad_token_id = getattr(self.generation_config, "pad_token_id", None) or next(iter(end_tokens(self.base)), 0)
+        new = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(done[index].tokens, device=input_ids.device) for index in range(len(prompts))],
+            batch_first=True,
+            padding_value=pad_token_id,
+        )
+        return torch.cat([input_ids, new], dim=1)
+
+    # --- saving -----------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: Any, *, tokenizer: Any = None, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the plain model, which any tool opens, and `nextn/` with the heads beside it."""
+        from nextn.formats.native import save
+
+        save(self, save_directory, tokenizer)
+
+
+def end_tokens(base: PreTrainedModel) -> list[int]:
+    """The end tokens that a model's generation config names."""
+    end = base.generation_config.eos_token_id if base.generation_config else None
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
+
+
+def as_text(ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Text:
+    """The positions and documents of a batch; packed documents are told by positions that start again at 0."""
+    used = torch.ones_like(ids) if attention_mask is None else attention_mask.long()
+    if position_ids is None:
+        positions = (used.cumsum(dim=1) - 1).clamp(min=0)
+        documents = torch.zeros_like(ids)
+    else:
+        positions = position_ids.expand_as(ids)
+        documents = (positions == 0).long().cumsum(dim=1)
+    return Text(ids, positions, torch.where(used > 0, documents, -1))
+
+
+def attach(base: PreTrainedModel, config: MultiTokenConfig, calibration: Tensor | None = None) -> MultiTokenModel:
+    """Give a causal language model heads, initialised from its own last layer and norms.
+
+    Args:
+        base: any supported transformers model; it is used as it is, not copied.
+        calibration: token ids [B, T] of text like that to be decoded. Sequential heads fit their input projection
+            to it in closed form, which makes the first loss a sane one.
+
+    Raises:
+        HostError, ConfigError: where the host or the config cannot work; the message says why.
+    """
+    model = MultiTokenModel(base, config)
+    check_logits(model.trunk)
+    if calibration is not None:
+        model.heads.calibrate(model.trunk, as_text(calibration.to(model.trunk.device), None, None))
+    return model

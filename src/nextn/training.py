@@ -1,0 +1,161 @@
+"""What nextn adds to transformers.Trainer: our layout in checkpoints, and figures by depth in the log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from nextn.config import MultiTokenConfig, OutputConfig
+from nextn.data import PackedBlocks, load_examples
+from nextn.formats import native
+from nextn.model import MultiTokenModel, MultiTokenOutput, attach
+from nextn.output import TrimmedOutput, most_frequent
+
+
+class Trainer(transformers.Trainer):
+    """transformers.Trainer whose checkpoints hold the heads and whose resuming restores them.
+
+    With a frozen trunk a checkpoint holds `nextn/` only, else the whole model in our layout. (The stock Trainer trains
+    a MultiTokenModel as well, but resuming with it would silently leave the heads as they are.)
+    """
+
+    model: MultiTokenModel
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._depths: list[tuple[Tensor, Tensor]] = []
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if isinstance(outputs, MultiTokenOutput) and model.training:
+            assert outputs.depth_losses is not None and outputs.depth_accuracies is not None
+            self._depths.append((outputs.depth_losses, outputs.depth_accuracies))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._depths and "loss" in logs:
+            losses, accuracies = (
+                torch.stack(figures).mean(dim=0).tolist() for figures in zip(*self._depths, strict=True)
+            )
+            self._depths.clear()
+            for depth, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True), start=1):
+                if loss == loss:  # depths that were not computed are NaN
+                    logs |= {f"loss_{depth}": round(loss, 4), f"accuracy_{depth}": round(accuracy, 4)}
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        directory = output_dir or str(self.args.output_dir)
+        if self.model.multi_token.freeze_trunk:
+            native.save_heads(self.model, directory)
+        else:
+            native.save(self.model, directory, self.processing_class)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        model = model or self.model
+        if not model.multi_token.freeze_trunk:
+            stored = native.load_base(resume_from_checkpoint, dtype=model.trunk.dtype)
+            model.base.load_state_dict(stored.state_dict())
+        native.load_heads(model, resume_from_checkpoint)
+
+
+def last_checkpoint(directory: str | Path) -> str | None:
+    """The newest whole checkpoint of a training directory; one that a kill cut short is passed over."""
+    found = sorted(Path(directory).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return next((str(path) for path in found if _is_whole(path)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:  # the Trainer writes its state after the model and the optimizer
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        native.describe(checkpoint)
+    except (OSError, ValueError):
+        return False
+    return (checkpoint / "nextn" / "heads.safetensors").is_file() and (checkpoint / "scheduler.pt").is_file()
+
+
+@dataclass(frozen=True)
+class AttachRecipe:
+    """All that decides how heads are attached to a frozen model; the fields are the options of `nextn attach`."""
+
+    base: str
+    data: list[Path]
+    out: Path
+    n: int = 4
+    heads: str = "recurrent"
+    vocabulary: int = 8192
+    epochs: float = 3.0
+    learning_rate: float = 5e-4
+    length: int = 512
+    batch: int = 8
+    save_steps: int = 100
+    seed: int = 0
+
+    def config(self) -> MultiTokenConfig:
+        """The heads that the recipe asks for."""
+        output = OutputConfig(kind="trimmed", size=self.vocabulary) if self.vocabulary else OutputConfig()
+        if self.heads == "parallel":
+            return MultiTokenConfig(n=self.n, heads="parallel", output=output)
+        return MultiTokenConfig(n=self.n, heads="sequential", recurrent=self.heads == "recurrent", output=output)
+
+
+def attach_and_train(recipe: AttachRecipe, say: Callable[[str], None] = print) -> MultiTokenModel:
+    """Attach heads to a frozen base and train them on a text; goes on from the last checkpoint in `recipe.out`.
+
+    The trunk runs in bfloat16, the heads are float32 and compute in bfloat16; they are stored in bfloat16.
+    """
+    config = recipe.config()
+    native.writable(recipe.out)
+    tokenizer = native.load_tokenizer(recipe.base)
+    base = native.load_base(recipe.base, dtype=torch.bfloat16)
+    blocks = PackedBlocks(load_examples(recipe.data, tokenizer), recipe.length, tokenizer.pad_token_id or 0)
+    say(f"{blocks.trained_tokens:,} trained tokens in {len(blocks):,} blocks of {recipe.length}")
+
+    transformers.set_seed(recipe.seed)
+    checkpoint = last_checkpoint(recipe.out)
+    sample = torch.stack([blocks[place]["input_ids"] for place in range(min(16, len(blocks)))])
+    model = attach(base, config, calibration=None if checkpoint else sample)
+    if isinstance(model.heads.output, TrimmedOutput):
+        labels = torch.tensor(
+            [label for block in blocks.blocks for _, labels in block for label in labels if label >= 0]
+        )
+        special = [token for token in tokenizer.all_special_ids if token < model.trunk.vocab_size]
+        kept = most_frequent(labels, recipe.vocabulary, model.trunk.vocab_size, special)
+        model.heads.output.keep(kept)
+        covered = (model.heads.output.targets(labels) >= 0).float().mean().item()
+        say(f"drafts can name {len(kept):,} tokens, {covered:.1%} of the text")
+    model.heads.float()
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(recipe.out),
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=recipe.batch,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=20,
+        max_grad_norm=1.0,
+        weight_decay=0.01,
+        adam_beta2=0.95,
+        bf16=True,
+        logging_steps=10,
+        save_steps=recipe.save_steps,
+        save_total_limit=2,
+        seed=recipe.seed,
+        report_to=[],
+        remove_unused_columns=False,
+    )
+    Trainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer).train(
+        resume_from_checkpoint=checkpoint
+    )
+    native.save_heads(model, recipe.out, dtype=torch.bfloat16)
+    say(f"heads saved in {recipe.out}")
+    return model

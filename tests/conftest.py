@@ -1,0 +1,130 @@
+"""Tiny hosts of every family, and heads that are really trained on them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+
+import nextn
+
+VOCAB = 64
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOW = 8
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+ROPES = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+CONFIGS = {
+    "llama": lambda: tf.LlamaConfig(**COMMON),
+    "qwen2": lambda: tf.Qwen2Config(
+        **COMMON, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1, layer_types=SLIDING
+    ),
+    "qwen3": lambda: tf.Qwen3Config(**COMMON, head_dim=16, tie_word_embeddings=True),
+    "mistral": lambda: tf.MistralConfig(**COMMON, sliding_window=WINDOW),
+    "gemma3": lambda: tf.Gemma3TextConfig(
+        **COMMON, head_dim=8, sliding_window=WINDOW, layer_types=SLIDING, rope_parameters=ROPES
+    ),
+    "phi3": lambda: tf.Phi3Config(**COMMON, sliding_window=WINDOW),
+    "deepseek_v3": lambda: tf.DeepseekV3Config(
+        **COMMON | {"num_key_value_heads": 4},
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=12,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=16,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+    ),
+}
+
+KINDS = {
+    "parallel": {"heads": "parallel"},
+    "distinct": {"heads": "sequential"},
+    "recurrent": {"heads": "sequential", "recurrent": True},
+}
+
+
+def make_host(family: str, seed: int = 0) -> tf.PreTrainedModel:
+    torch.manual_seed(seed)
+    model = tf.AutoModelForCausalLM.from_config(CONFIGS[family]())
+    with torch.no_grad():  # the default init is so small that a tiny host says the same whatever it reads
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    return model.eval()
+
+
+def made_up_text(rows: int, length: int, seed: int) -> torch.Tensor:
+    """Sequences in which a token follows from the two before it, but for some noise: predictable in part."""
+    follower = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(rows, length, generator=generator) < 0.05
+    ids = torch.randint(3, VOCAB, (rows, length), generator=generator)
+    for t in range(2, length):
+        ruled = (follower[ids[:, t - 1]] + ids[:, t - 2] % 3) % (VOCAB - 3) + 3
+        ids[:, t] = torch.where(noise[:, t], ids[:, t], ruled)
+    return ids
+
+
+def fit(model: torch.nn.Module, steps: int, lr: float = 3e-3, loss_of=lambda model, ids: model(ids, labels=ids).loss):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr)
+    for step in range(steps):
+        ids = made_up_text(8, 48, seed=step)
+        optimizer.zero_grad()
+        loss_of(model, ids).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+
+
+@pytest.fixture(scope="session")
+def trained_host() -> tf.PreTrainedModel:
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+    fit(model, 250)
+    return model.eval()
+
+
+@pytest.fixture(scope="session", params=list(KINDS))
+def trained_model(request, trained_host) -> nextn.MultiTokenModel:
+    """Heads of each kind, really trained; some tokens they cannot name, so they are right often, not always."""
+    config = nextn.MultiTokenConfig(n=4, output={"kind": "trimmed", "size": 52}, **KINDS[request.param])
+    model = nextn.attach(copy.deepcopy(trained_host), config, calibration=made_up_text(8, 48, seed=999))
+    fit(model.train(), 100)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    lengths = [1, 2, 5, 17, 30, 9]
+    return [made_up_text(1, length, seed=500 + length)[0].tolist() for length in lengths]
+
+
+@torch.no_grad()
+def greedy_reference(model: tf.PreTrainedModel, prompt: list[int], new: int, stops: tuple[int, ...] = ()) -> list[int]:
+    """The slow, plain way: the whole prefix anew for every token, no cache."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + new and not (len(ids) > len(prompt) and ids[-1] in stops):
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]

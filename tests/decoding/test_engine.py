@@ -1,0 +1,167 @@
+"""The loop gives the plain text whatever the drafter says, and the drafts do not depend on what was rejected."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import VOCAB, greedy_reference
+from nextn.decoding.drafting import HeadDrafter
+from nextn.decoding.engine import Engine, PromptError
+from nextn.decoding.verify import accept_greedy
+from nextn.heads.base import Window
+from nextn.trunk import RaggedCache, Trunk
+
+
+class ScriptedDrafter:
+    """Knows the plain text and drafts its continuation, wrong from the draft on that `wrong_from` names."""
+
+    tap = "post_norm"
+
+    def __init__(self, texts: list[list[int]], drafts: int, wrong_from) -> None:
+        self.texts, self.drafts, self.wrong_from = texts, drafts, wrong_from
+        self.calls = 0
+
+    def begin(self, rows: int, capacity: int) -> None:
+        self.text_of: dict[int, list[int]] = {}
+
+    def propose(self, hidden, positions, following, last, rows):
+        proposals = torch.zeros(len(rows), self.drafts, dtype=torch.long)
+        for place, (row, newest) in enumerate(zip(rows.tolist(), last.tolist(), strict=True)):
+            pending_at = int(positions[place, newest]) + 1
+            if pending_at <= 0:
+                continue  # a free row
+            if int(positions[place, 0]) == 0:  # a prefill: find out whose row this is
+                length = newest + 1
+                prefix = following[place, : length - 1].tolist()
+                self.text_of[row] = next(text for text in self.texts if text[1:length] == prefix)
+            text = self.text_of[row] + [3] * self.drafts
+            draft = torch.tensor(text[pending_at + 1 : pending_at + 1 + self.drafts])
+            wrong = self.wrong_from(self.calls)
+            draft[wrong:] = (draft[wrong:] + 1) % VOCAB
+            proposals[place, : len(draft)] = draft
+        self.calls += 1
+        return proposals
+
+
+def texts_of(results) -> list[list[int]]:
+    return [generation.tokens for _, generation in sorted(results, key=lambda item: item[0])]
+
+
+SCRIPTS = {
+    "oracle": lambda call: 3,
+    "always wrong": lambda call: 0,
+    "right until the last": lambda call: 2,
+    "changing": lambda call: (call * 7) % 4,
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_any_drafter_gives_the_plain_text(trained_host, prompts, script):
+    expected = [greedy_reference(trained_host, prompt, 20) for prompt in prompts]
+    for prompt, text in zip(prompts, expected, strict=True):
+        drafter = ScriptedDrafter([prompt + text], 3, SCRIPTS[script])
+        ((_, result),) = Engine(Trunk(trained_host), drafter).generate([prompt], 20)
+        assert result.tokens == text
+        if script == "oracle":
+            assert result.accepted and set(result.accepted) == {3}
+        if script == "always wrong":
+            assert set(result.accepted) == {0}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_heads_give_the_plain_text_whatever_the_rows(trained_model, prompts, rows):
+    expected = [greedy_reference(trained_model.base, prompt, 24) for prompt in prompts]
+    results = list(trained_model.engine(rows=rows, stop_tokens=[]).generate(prompts, 24))
+    assert texts_of(results) == expected
+    accepted = [count for _, result in results for count in result.accepted]
+    assert len(set(accepted)) > 1, "the heads should be right at times, not always"
+
+
+def drafts_from_scratch(model, prefix: list[int]) -> list[int]:
+    """What the heads propose when they see a prefix whose last token is the pending one for the first time."""
+    trunk, heads = model.trunk, model.heads
+    ids = torch.tensor([prefix[:-1]])
+    positions = torch.arange(ids.shape[1])[None]
+    cache = RaggedCache(len(trunk.layers), 1, 256)
+    _, tapped = trunk.run(ids, positions, cache.place(positions), cache, heads.tap)
+    window = Window(tapped, positions, torch.tensor([prefix[1:]]), torch.tensor([len(prefix) - 2]))
+    caches = [RaggedCache(1, 1, 256) for _ in range(heads.cache_count)]
+    return heads.draft(trunk, window, caches, None)[0].tolist()
+
+
+class Recorder(HeadDrafter):
+    """Drafts as heads do, but hands out its proposals spoilt, so that every pattern of acceptance comes up."""
+
+    def __init__(self, trunk, heads, text: list[int], spoil) -> None:
+        super().__init__(trunk, heads)
+        self.text, self.spoil, self.seen = text, spoil, []
+
+    def propose(self, hidden, positions, following, last, rows):
+        drafts = super().propose(hidden, positions, following, last, rows)
+        pending_at = int(positions[0, last[0]]) + 1
+        self.seen.append((pending_at, drafts[0].tolist()))
+        continuation = (self.text + [3] * 8)[pending_at + 1 : pending_at + 4]
+        keep = next(self.spoil)
+        handed = torch.tensor([continuation])
+        handed[0, keep:] = (handed[0, keep:] + 1) % VOCAB
+        return handed
+
+
+@settings(max_examples=15, deadline=None)
+@given(pattern=st.lists(st.integers(0, 3), min_size=12, max_size=12))
+def test_drafts_after_any_acceptance_equal_those_from_scratch(trained_model, pattern):
+    prompt = [5, 6, 7, 9, 10, 11, 12]
+    text = prompt + greedy_reference(trained_model.base, prompt, 24)
+    spoil = iter(pattern + [0] * 40)
+    with torch.inference_mode():
+        drafter = Recorder(trained_model.trunk, trained_model.heads, text, spoil)
+        ((_, result),) = Engine(trained_model.trunk, drafter).generate([prompt], 24)
+        assert prompt + result.tokens == text
+        for pending_at, drafts in drafter.seen:
+            if pending_at < len(text):
+                assert drafts == drafts_from_scratch(trained_model, text[: pending_at + 1])
+
+
+def test_stop_tokens_end_a_text_inside_an_accepted_run(trained_host, prompts):
+    prompt = prompts[3]
+    text = greedy_reference(trained_host, prompt, 20)
+    for place in range(2, 8):
+        if text[place] in text[:place]:
+            continue
+        stops = {text[place], 1}
+        drafter = ScriptedDrafter([prompt + text], 3, SCRIPTS["oracle"])
+        streamed: list[int] = []
+        engine = Engine(Trunk(trained_host), drafter, stop_tokens=stops)
+        ((_, result),) = engine.generate(
+            [prompt], 20, lambda _row, tokens, _origins, into=streamed: into.extend(tokens)
+        )
+        assert result.tokens == streamed == text[: place + 1]
+        assert result.finish == "stop"
+
+
+@pytest.mark.parametrize("new", [1, 2, 3, 4, 5, 9])
+def test_length_limits_are_exact(trained_model, prompts, new):
+    results = trained_model.engine(rows=3, stop_tokens=[]).generate(prompts, new)
+    for index, result in results:
+        assert result.tokens == greedy_reference(trained_model.base, prompts[index], new)
+        assert len(result.origins) == new and result.finish == "length"
+
+
+def test_the_context_ends_a_text(trained_model):
+    context = trained_model.trunk.max_length
+    prompt = [3 + place % 50 for place in range(context - 6)]
+    ((_, result),) = trained_model.engine(stop_tokens=[]).generate([prompt], 50)
+    assert result.tokens == greedy_reference(trained_model.base, prompt, 6)
+    with pytest.raises(PromptError, match="leaves no room"):
+        list(trained_model.engine().generate([[3] * context], 5))
+    with pytest.raises(PromptError, match="empty"):
+        list(trained_model.engine().generate([[]], 5))
+
+
+@given(st.lists(st.integers(0, 2), min_size=3, max_size=3), st.lists(st.integers(0, 2), min_size=4, max_size=4))
+def test_accepted_is_the_longest_agreeing_prefix(drafts, targets):
+    expected = next((i for i in range(3) if drafts[i] != targets[i]), 3)
+    assert accept_greedy(torch.tensor([drafts]), torch.tensor([targets])).tolist() == [expected]
