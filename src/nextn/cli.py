@@ -165,6 +165,31 @@ def info(
     console.print(table)
 
 
+@app.command()
+@_plainly
+def demo(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
+    heads: Annotated[Path | None, typer.Option(help="Other heads for the bundled model than the shipped ones.")] = None,
+    dtype: Annotated[
+        DType, typer.Option(help="Dtype of trunk and heads; auto: bfloat16 where the CPU has it.")
+    ] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens a prompt.")] = 128,
+) -> None:
+    """Decode a few prompts with a real model, with and without heads, and check the text."""
+    from nextn.evaluation.demo import demo as run
+    from nextn.formats.bundled import best_dtype, bundled_model, shipped_heads
+    from nextn.formats.native import load, load_base, load_tokenizer, named_dtype, writable
+
+    if json_file is not None:
+        writable(json_file.parent)
+    wanted = best_dtype() if dtype == "auto" else named_dtype(dtype)
+    directory = str(bundled_model(say=console.print))
+    model = load(heads or shipped_heads(), base=load_base(directory, wanted))
+    report = run(model, load_tokenizer(directory), console, max_new_tokens)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
+
+
 def main() -> None:
     """Entry point of the `nextn` command."""
     app()

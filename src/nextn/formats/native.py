@@ -23,16 +23,14 @@ from transformers.utils import logging
 
 from nextn.config import ConfigError, MultiTokenConfig
 from nextn.decoding.engine import Engine
+from nextn.formats import FormatError
+from nextn.formats.bundled import find
 from nextn.model import MultiTokenModel, end_tokens
 from nextn.trunk import Trunk
 
 EXTRA = "nextn"
 FORMAT = 1
 logger = logging.get_logger("nextn")
-
-
-class FormatError(ValueError):
-    """A directory that cannot be read or written; the message says why and what to do."""
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -164,13 +162,13 @@ def load(
 
 
 def load_base(name: str, dtype: torch.dtype | None = None, **kwargs: Any) -> PreTrainedModel:
-    """A plain causal language model from a path or a hub name.
+    """A plain causal language model from a path, a hub name, or the name of the bundled model.
 
     Raises:
         FormatError: where it is missing or broken.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **kwargs)
+        return AutoModelForCausalLM.from_pretrained(find(name), dtype=dtype or "auto", **kwargs)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FormatError(f"The base model {name} cannot be opened: {reason}") from None
@@ -238,7 +236,7 @@ def open_for_decoding(
         dtype: `auto` (as stored), `float32` or `bfloat16`.
         rows: how many prompts are decoded side by side.
     """
-    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    wanted = None if dtype == "auto" else named_dtype(dtype)
     if heads not in (None, 1):
         raise FormatError(f"--heads is {heads}; give 1 for the plain model, or leave it out for all heads.")
     if heads == 1:
@@ -253,6 +251,11 @@ def open_for_decoding(
     return engine, load_tokenizer(plain)
 
 
+def named_dtype(name: str) -> torch.dtype:
+    """`float32` or `bfloat16` as a dtype."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
 def has_heads(directory: str | Path) -> bool:
     """Whether a directory has heads in our layout."""
     return (Path(directory) / EXTRA / "config.json").is_file()
@@ -261,7 +264,7 @@ def has_heads(directory: str | Path) -> bool:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model, from a path or a hub name."""
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(find(name))
     except (OSError, ValueError, KeyError) as error:
         raise FormatError(f"The tokenizer of {name} cannot be opened: {str(error).strip().splitlines()[0]}") from None
 

@@ -1,0 +1,176 @@
+"""The demonstration: a few prompts, decoded plainly and with heads, side by side and checked."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from nextn.data import prompt_ids
+from nextn.decoding.engine import Generation
+from nextn.evaluation.acceptance import DEFINITIONS, Acceptance
+from nextn.evaluation.lossless import Check, check, float32_twin, near_tie_bound
+from nextn.model import MultiTokenModel
+
+PROMPTS = {
+    "code": "Write a Python function that checks whether a string is a palindrome.",
+    "arithmetic": "A farmer has 12 hens. Each lays 3 eggs a day. How many eggs are there after 5 days?",
+    "chat": "What should I see on a weekend trip to Rome?",
+}
+# The trunk's own tokens are plain; those that draft 1, 2, 3 … proposed have colours.
+COLOURS = ("white", "green", "cyan", "magenta", "yellow", "blue", "red")
+
+
+@dataclass
+class Run:
+    """One prompt decoded in the three ways."""
+
+    name: str
+    plain: Generation
+    heads: Generation
+    seconds: dict[str, float]
+
+    @property
+    def identical(self) -> bool:
+        return self.plain.tokens == self.heads.tokens
+
+
+def run_prompt(
+    model: MultiTokenModel, tokenizer: PreTrainedTokenizerBase, name: str, new: int, console: Console
+) -> Run:
+    """Decode one prompt plainly, with heads, and with transformers; the first two stream."""
+    ids = prompt_ids(tokenizer, PROMPTS[name])
+    console.rule(f"[bold]{name}[/bold]  {PROMPTS[name]}", align="left")
+    host: Any = model.base
+    seconds: dict[str, float] = {}
+    results: dict[str, Generation] = {}
+    for way, heads in (("plain", 1), ("nextn", None)):
+        console.print(f"[dim]{way}:[/dim]")
+        engine = model.engine(heads=heads)
+        start = time.perf_counter()
+        ((_, results[way]),) = engine.generate([ids], new, colour_stream(tokenizer, console))
+        seconds[way] = time.perf_counter() - start
+        console.print()
+    start = time.perf_counter()
+    # All three are stopped by the same end tokens and the same length.
+    theirs = host.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False)
+    seconds["transformers"] = (
+        (time.perf_counter() - start) * len(results["plain"].tokens) / (theirs.shape[1] - len(ids))
+    )
+    return Run(name, results["plain"], results["nextn"], seconds)
+
+
+def colour_stream(tokenizer: PreTrainedTokenizerBase, console: Console) -> Callable[[int, list[int], list[int]], None]:
+    """Print tokens as they come, each in the colour of the draft that proposed it."""
+    shown: list[int] = []
+
+    def stream(_index: int, tokens: list[int], origins: list[int]) -> None:
+        for token, origin in zip(tokens, origins, strict=True):
+            before = str(tokenizer.decode(shown, skip_special_tokens=True))
+            shown.append(token)
+            piece = str(tokenizer.decode(shown, skip_special_tokens=True))[len(before) :]
+            console.print(Text(piece, style=COLOURS[origin % len(COLOURS)]), end="", soft_wrap=True)
+
+    return stream
+
+
+def demo(
+    model: MultiTokenModel, tokenizer: PreTrainedTokenizerBase, console: Console, max_new_tokens: int = 128
+) -> dict[str, Any]:
+    """Run the demonstration; prints it, and returns the figures that `nextn demo --json` writes."""
+    n = model.multi_token.n
+    legend = Text("tokens by who proposed them: trunk")
+    for draft in range(1, n):
+        legend.append(f"  draft {draft}", style=COLOURS[draft])
+    console.print(legend)
+    list(model.engine().generate([prompt_ids(tokenizer, "Hi")], 8))  # warm up
+    runs = [run_prompt(model, tokenizer, name, max_new_tokens, console) for name in PROMPTS]
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("checking every token against a float32 pass, one token a step", total=len(runs) + 1)
+        bound = near_tie_bound(model.trunk, [run.plain.prompt + run.plain.tokens for run in runs[:1]], n)
+        bar.advance(task)
+        reference = float32_twin(model.base)
+        checks = []
+        for run in runs:
+            checks.append(check(reference, [run.heads], bound))
+            bar.advance(task)
+    report = figures(runs, checks, n)
+    console.print(table(runs, checks, report, n))
+    console.print(f"[dim]{DEFINITIONS}\n{machine(model, bound)}[/dim]", highlight=False)
+    return report
+
+
+def figures(runs: list[Run], checks: list[Check], n: int) -> dict[str, Any]:
+    """The report, overall and by prompt."""
+    report = _figures(runs, checks, n)
+    report["by_prompt"] = {run.name: _figures([run], [one], n) for run, one in zip(runs, checks, strict=True)}
+    return report
+
+
+def _figures(runs: list[Run], checks: list[Check], n: int) -> dict[str, Any]:
+    acceptance = Acceptance.of([run.heads for run in runs], n)
+    tokens = sum(len(run.plain.tokens) for run in runs)
+    new_tokens = sum(len(run.heads.tokens) for run in runs)
+    seconds = {way: sum(run.seconds[way] for run in runs) for way in ("nextn", "plain", "transformers")}
+    shares = {
+        kind: [None if math.isnan(share) else share for share in asdict(acceptance)[kind]]
+        for kind in ("conditional", "cumulative")
+    }
+    return {
+        "identical": all(run.identical for run in runs),
+        "near_ties": sum(one.near_ties for one in checks),
+        "unexplained": sum(one.unexplained for one in checks),
+        "tau": acceptance.tau,
+        "acceptance": shares,
+        "tokens_per_second": {
+            way: (new_tokens if way == "nextn" else tokens) / second for way, second in seconds.items()
+        },
+    }
+
+
+def table(runs: list[Run], checks: list[Check], report: dict[str, Any], n: int) -> Table:
+    """The closing table: a row a prompt and one for all."""
+    made = Table(title="with heads, beside the model alone", title_justify="left")
+    made.add_column("prompt")
+    drafts = range(1, n)
+    for column in (
+        "τ",
+        *(f"draft {draft}\ncond. / cum." for draft in drafts),
+        "nextn\ntok/s",
+        "plain\ntok/s",
+        "transformers\ntok/s",
+        "text",
+        "near ties",
+        "unexplained",
+    ):
+        made.add_column(column, justify="right")
+    for name, row in [*report["by_prompt"].items(), ("all", report)]:
+        shares = zip(row["acceptance"]["conditional"], row["acceptance"]["cumulative"], strict=True)
+        made.add_row(
+            name,
+            f"{row['tau']:.2f}",
+            *(" / ".join("–" if share is None else f"{share:.0%}" for share in pair) for pair in shares),
+            *(f"{row['tokens_per_second'][way]:.1f}" for way in ("nextn", "plain", "transformers")),
+            "identical" if row["identical"] else "differs",
+            str(row["near_ties"]),
+            str(row["unexplained"]),
+        )
+    return made
+
+
+def machine(model: MultiTokenModel, bound: float) -> str:
+    """Where and how the figures came about, in one line."""
+    dtype = str(model.trunk.dtype).removeprefix("torch.")
+    return (
+        f"{dtype}, {model.trunk.device.type}, {torch.get_num_threads()} threads, batch 1, "
+        f"one run; near ties are tokens within {bound:.3g} logits of the float32 argmax."
+    )

