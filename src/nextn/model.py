@@ -78,6 +78,7 @@ class MultiTokenModel(PreTrainedModel):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        trunk_states: Tensor | None = None,
         **kwargs: Any,
     ) -> MultiTokenOutput:
         """The loss, or without labels the trunk's logits.
@@ -88,22 +89,33 @@ class MultiTokenModel(PreTrainedModel):
             position_ids: [B, T], starting again at 0 where a packed document begins.
             labels: [B, T] aligned with input_ids (not shifted), -100 where not trained on.
             num_items_in_batch: the denominator; without it the count of valid t+1 targets.
+            trunk_states: what `trunk_states` gave for this very batch [B, T, D], so that a frozen trunk need not run
+                again; head 1 then has no loss.
         """
         text = as_text(input_ids, attention_mask, position_ids)
-        frozen = self.multi_token.freeze_trunk
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        if trunk_states is not None and labels is not None:
+            return self._loss(text, None, trunk_states, labels, num_items_in_batch)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.multi_token.freeze_trunk):
             hidden, tapped = self.trunk.run(text.ids, text.positions, text.visible(), tap=self.heads.tap)
         if labels is None:
             return MultiTokenOutput(logits=self.trunk.logits(hidden))
         return self._loss(text, hidden, tapped, labels, num_items_in_batch)
 
+    @torch.no_grad()
+    def trunk_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """The state that the heads read, of a frozen trunk [B, T, D]."""
+        text = as_text(input_ids, attention_mask, position_ids)
+        return self.trunk.run(text.ids, text.positions, text.visible(), tap=self.heads.tap)[1]
+
     def _loss(
-        self, text: Text, hidden: Tensor, tapped: Tensor, labels: Tensor, denominator: Tensor | int | None
+        self, text: Text, hidden: Tensor | None, tapped: Tensor, labels: Tensor, denominator: Tensor | int | None
     ) -> MultiTokenOutput:
         n, weights = self.multi_token.n, self.multi_token.weights.by_depth(self.multi_token.n)
         counts = [(targets_at(labels, text.documents, k) != IGNORE).sum() for k in range(1, n + 1)]
-        sums = torch.full((n,), torch.nan, device=hidden.device)
-        correct = torch.full((n,), torch.nan, device=hidden.device)
+        sums = torch.full((n,), torch.nan, device=tapped.device)
+        correct = torch.full((n,), torch.nan, device=tapped.device)
         total: Tensor | float = 0.0
 
         def add(depth: int, states: Tensor, project: Any, targets: Tensor) -> None:
@@ -112,7 +124,7 @@ class MultiTokenModel(PreTrainedModel):
             total = total + weights[depth - 1] * loss
             sums[depth - 1], correct[depth - 1] = loss.detach(), hits
 
-        if weights[0]:
+        if weights[0] and hidden is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.multi_token.freeze_trunk):
                 add(1, hidden, self.trunk.logits, targets_at(labels, text.documents, 1))
         tapped = tapped.to(next(self.heads.parameters()).dtype)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from nextn.config import MultiTokenConfig, OutputConfig
 from nextn.data import PackedBlocks, load_examples
-from nextn.formats import native
+from nextn.formats import FormatError, native
 from nextn.model import MultiTokenModel, MultiTokenOutput, attach
 from nextn.output import TrimmedOutput, most_frequent
 
@@ -82,6 +84,41 @@ def _is_whole(checkpoint: Path) -> bool:
     return (checkpoint / "nextn" / "heads.safetensors").is_file() and (checkpoint / "scheduler.pt").is_file()
 
 
+class WithTrunkStates(Dataset):
+    """Blocks together with the states of a frozen trunk, which are computed once and kept in a file.
+
+    Args:
+        blocks: the text.
+        model: whose trunk is frozen; head 1 must have no weight, for its states are not kept.
+        path: where the states go, [blocks, T, D] in the trunk's dtype; they are kept there for a resumed training.
+    """
+
+    def __init__(self, blocks: PackedBlocks, model: MultiTokenModel, path: Path) -> None:
+        self.blocks, self.model = blocks, model
+        shape = (len(blocks), blocks.length, model.trunk.width)
+        self.states = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=model.trunk.dtype).view(
+            shape
+        )
+        done = path.with_suffix(".done")  # one byte a block, set once its states are written
+        self.done = torch.from_file(str(done), shared=True, size=len(blocks), dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        block = self.blocks[index]
+        if not self.done[index]:
+            batch = {name: block[name][None] for name in ("input_ids", "attention_mask", "position_ids")}
+            self.states[index] = self.model.trunk_states(**batch)[0]
+            self.done[index] = 1
+        return block | {"trunk_states": self.states[index]}
+
+    @staticmethod
+    def bytes_needed(blocks: PackedBlocks, model: MultiTokenModel) -> int:
+        """The size of the file."""
+        return len(blocks) * blocks.length * model.trunk.width * model.trunk.dtype.itemsize
+
+
 @dataclass(frozen=True)
 class AttachRecipe:
     """All that decides how heads are attached to a frozen model; the fields are the options of `nextn attach`."""
@@ -98,6 +135,7 @@ class AttachRecipe:
     batch: int = 8
     save_steps: int = 100
     seed: int = 0
+    max_states_gb: float = 4.0
 
     def config(self) -> MultiTokenConfig:
         """The heads that the recipe asks for."""
@@ -113,7 +151,7 @@ def attach_and_train(recipe: AttachRecipe, say: Callable[[str], None] = print) -
     The trunk runs in bfloat16, the heads are float32 and compute in bfloat16; they are stored in bfloat16.
     """
     config = recipe.config()
-    native.writable(recipe.out)
+    _claim(recipe)
     tokenizer = native.load_tokenizer(recipe.base)
     base = native.load_base(recipe.base, dtype=torch.bfloat16)
     blocks = PackedBlocks(load_examples(recipe.data, tokenizer), recipe.length, tokenizer.pad_token_id or 0)
@@ -133,6 +171,7 @@ def attach_and_train(recipe: AttachRecipe, say: Callable[[str], None] = print) -
         covered = (model.heads.output.targets(labels) >= 0).float().mean().item()
         say(f"drafts can name {len(kept):,} tokens, {covered:.1%} of the text")
     model.heads.float()
+    dataset = _with_states(blocks, model, recipe, say)
 
     arguments = transformers.TrainingArguments(
         output_dir=str(recipe.out),
@@ -146,6 +185,7 @@ def attach_and_train(recipe: AttachRecipe, say: Callable[[str], None] = print) -
         weight_decay=0.01,
         adam_beta2=0.95,
         bf16=True,
+        use_cpu=not torch.accelerator.is_available(),
         logging_steps=10,
         save_steps=recipe.save_steps,
         save_total_limit=2,
@@ -153,9 +193,35 @@ def attach_and_train(recipe: AttachRecipe, say: Callable[[str], None] = print) -
         report_to=[],
         remove_unused_columns=False,
     )
-    Trainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer).train(
+    Trainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer).train(
         resume_from_checkpoint=checkpoint
     )
-    native.save_heads(model, recipe.out, dtype=torch.bfloat16)
+    native.save_heads(model, recipe.out, base_name=recipe.base, dtype=torch.bfloat16)
+    for leftover in recipe.out.glob("trunk_states.*"):
+        leftover.unlink()
     say(f"heads saved in {recipe.out}")
     return model
+
+
+def _claim(recipe: AttachRecipe) -> None:
+    """Note the recipe in its output directory; a directory in which another recipe was trained is refused.
+
+    Raises:
+        FormatError: where going on from what is there would mix two trainings.
+    """
+    path = native.writable(recipe.out) / "recipe.json"
+    stated = json.dumps({**asdict(recipe), "data": [str(data) for data in recipe.data], "out": "."}, indent=2) + "\n"
+    if path.exists() and path.read_text() != stated:
+        raise FormatError(f"{recipe.out} holds a training with other options ({path}); choose another --out.")
+    path.write_text(stated)
+
+
+def _with_states(
+    blocks: PackedBlocks, model: MultiTokenModel, recipe: AttachRecipe, say: Callable[[str], None]
+) -> Dataset:
+    """The blocks, with the trunk's states kept on disk where more than one pass would need them and they fit."""
+    size = WithTrunkStates.bytes_needed(blocks, model) / 1e9
+    if recipe.epochs <= 1 or size > recipe.max_states_gb:
+        return blocks
+    say(f"the trunk's states are kept in {recipe.out} while training, {size:.1f} GB")
+    return WithTrunkStates(blocks, model, recipe.out / "trunk_states.bin")
