@@ -3,5 +3,6 @@
 from nextn.config import MultiTokenConfig, OutputConfig, WeightsConfig
 from nextn.formats.native import load
 from nextn.model import MultiTokenModel, attach
+from nextn.training import Trainer
 
-__all__ = ["MultiTokenConfig", "MultiTokenModel", "OutputConfig", "WeightsConfig", "attach", "load"]
+__all__ = ["MultiTokenConfig", "MultiTokenModel", "OutputConfig", "Trainer", "WeightsConfig", "attach", "load"]

@@ -51,9 +51,9 @@ def attach(
     vocabulary: Annotated[int, typer.Option(help="Tokens that drafts can name, most frequent first; 0: all.")] = 8192,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate, cosine to a tenth.")] = 5e-4,
-    length: Annotated[int, typer.Option(help="Tokens in a packed block.")] = 512,
-    batch: Annotated[int, typer.Option(help="Blocks in a batch.")] = 8,
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a packed block.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Blocks in a batch.")] = 8,
+    save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
 ) -> None:
     """Train heads on a frozen model."""
@@ -83,23 +83,21 @@ def attach(
 def generate(
     model: Annotated[str, typer.Argument(help="A directory that nextn wrote, or with --heads 1 any causal model.")],
     prompt: Annotated[str, typer.Argument(help="What the user says.")],
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
     heads: Annotated[int | None, typer.Option(help="1: the plain model alone. Default: all heads.")] = None,
     dtype: Annotated[DType, typer.Option(help="Dtype of trunk and heads.")] = "auto",
 ) -> None:
     """Decode a prompt, streaming, and say what the drafts were worth."""
-    from nextn.data import checked_prompt
+    from nextn.data import TextStream, checked_prompt
     from nextn.evaluation.acceptance import Acceptance
     from nextn.formats.native import open_for_decoding
 
     engine, tokenizer = open_for_decoding(model, heads, dtype)
     ids = checked_prompt(tokenizer, prompt)
-    shown: list[int] = []
+    text = TextStream(tokenizer)
 
     def stream(_index: int, tokens: list[int], _origins: list[int]) -> None:
-        before = tokenizer.decode(shown, skip_special_tokens=True)
-        shown.extend(tokens)
-        sys.stdout.write(str(tokenizer.decode(shown, skip_special_tokens=True))[len(before) :])
+        sys.stdout.write("".join(text.push(token) for token in tokens))
         sys.stdout.flush()
 
     ((_, result),) = engine.generate([ids], max_new_tokens, stream)
@@ -114,9 +112,9 @@ def distill(
     base: Annotated[str, typer.Argument(help="The model that answers: a directory or a hub name.")],
     prompts: Annotated[Path, typer.Option(help="JSON lines with a `prompt` each.")],
     out: Annotated[Path, typer.Option(help="Where answers are appended; prompts answered there are skipped.")],
-    limit: Annotated[int | None, typer.Option(help="Answer this many prompts at most.")] = None,
-    rows: Annotated[int, typer.Option(help="Prompts answered side by side.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 256,
+    limit: Annotated[int | None, typer.Option(min=1, help="Answer this many prompts at most.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Prompts answered side by side.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
     dtype: Annotated[DType, typer.Option(help="Dtype of the model.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the order of the prompts.")] = 0,
 ) -> None:
@@ -173,7 +171,7 @@ def demo(
     dtype: Annotated[
         DType, typer.Option(help="Dtype of trunk and heads; auto: bfloat16 where the CPU has it.")
     ] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens a prompt.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens a prompt.")] = 128,
 ) -> None:
     """Decode a few prompts with a real model, with and without heads, and check the text."""
     from nextn.evaluation.demo import demo as run

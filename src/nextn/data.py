@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from torch.utils.data import Dataset
 
-IGNORE = -100  # label of a position that is not trained on, as everywhere in transformers
+from nextn.losses import IGNORE
 
 
 class DataError(ValueError):
@@ -72,6 +73,20 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
         message = [{"role": "user", "content": prompt}]
         return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"])
     return list(tokenizer(prompt)["input_ids"])
+
+
+class TextStream:
+    """Token ids to text as they come; a character that takes several tokens appears with the last of them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            raise DataError(f"{type(tokenizer).__name__} cannot stream; load the fast version of this tokenizer.")
+        self._backend = tokenizer.backend_tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; may be empty."""
+        return self._stream.step(self._backend, token) or ""
 
 
 def example(tokenizer: Any, record: dict[str, Any]) -> tuple[list[int], list[int]] | None:

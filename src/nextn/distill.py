@@ -29,13 +29,27 @@ def distill(
         PromptError: for a prompt that does not fit the model's context.
     """
     ids = [prompt_ids(tokenizer, record["prompt"]) for record in prompts]
+    order = like_lengths_together([len(prompt) for prompt in ids], 8 * engine.rows)
     with out.open("a", encoding="utf-8") as file:
-        for index, result in engine.generate(ids, max_new_tokens):
+        for place, result in engine.generate([ids[index] for index in order], max_new_tokens):
+            index = order[place]
             answer = tokenizer.decode(result.tokens, skip_special_tokens=True)
             record = {**prompts[index], "answer": answer, "finish": result.finish}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             yield len(result.tokens)
+
+
+def like_lengths_together(lengths: list[int], window: int) -> list[int]:
+    """An order of prompts in which neighbours have similar lengths: a step costs what its longest row costs.
+
+    Sorted within windows, up and down in turn, so that the mix of the whole order stays.
+    """
+    order: list[int] = []
+    for start in range(0, len(lengths), window):
+        places = range(start, min(start + window, len(lengths)))
+        order += sorted(places, key=lambda place: lengths[place], reverse=start // window % 2 == 1)
+    return order
 
 
 def remaining(prompts: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:

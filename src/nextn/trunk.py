@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -122,7 +123,7 @@ class Trunk:
         Returns:
             the state after the final norm [B, T, D] and the tapped state [B, T, D].
         """
-        with self._tapping(tap) as caught:
+        with self._tapping(tap) as caught, _grouped_attention(self.device):
             hidden = self.decoder(
                 input_ids=input_ids,
                 attention_mask=self._masks(visible),
@@ -142,13 +143,14 @@ class Trunk:
         """One decoder layer of the host's last kind over states [B, T, D] at positions [B, T]."""
         positions = positions.clamp(min=0)
         kind = (self.last_layer_type,) if self._rotary_by_type else ()
-        output = layer(
-            states,
-            attention_mask=self._mask(visible(self.window(self.last_layer_type))),
-            position_ids=positions,
-            past_key_values=cache,
-            position_embeddings=self.decoder.rotary_emb(states, positions, *kind),
-        )
+        with _grouped_attention(self.device):
+            output = layer(
+                states,
+                attention_mask=self._mask(visible(self.window(self.last_layer_type))),
+                position_ids=positions,
+                past_key_values=cache,
+                position_embeddings=self.decoder.rotary_emb(states, positions, *kind),
+            )
         return output[0] if isinstance(output, tuple) else output
 
     @contextmanager
@@ -179,6 +181,24 @@ class Trunk:
             return visible
         hidden_value = torch.finfo(self.dtype).min  # eager attention adds its mask
         return torch.zeros_like(visible, dtype=self.dtype).masked_fill(~visible, hidden_value)
+
+
+@contextmanager
+def _grouped_attention(device: torch.device) -> Iterator[None]:
+    """On a CPU, let sdpa read the keys that a group of query heads shares, where transformers would copy them for each.
+
+    With a mask transformers copies (`use_gqa_in_sdpa`), since CUDA's kernels want it so. On the CPU the copy is most of
+    a step: 28.7 ms a layer against 1.8 at 64 rows, 768 keys, 9 query heads on 3 (bfloat16, 2 cores).
+    """
+    name = "TRANSFORMERS_SDPA_FORCE_GQA"  # read by transformers at every call
+    if device.type != "cpu" or name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def causal(

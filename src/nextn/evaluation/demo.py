@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from nextn.data import prompt_ids
+from nextn.data import TextStream, prompt_ids
 from nextn.decoding.engine import Generation
 from nextn.evaluation.acceptance import DEFINITIONS, Acceptance
 from nextn.evaluation.lossless import Check, check, float32_twin, near_tie_bound
@@ -71,14 +71,11 @@ def run_prompt(
 
 def colour_stream(tokenizer: PreTrainedTokenizerBase, console: Console) -> Callable[[int, list[int], list[int]], None]:
     """Print tokens as they come, each in the colour of the draft that proposed it."""
-    shown: list[int] = []
+    text = TextStream(tokenizer)
 
     def stream(_index: int, tokens: list[int], origins: list[int]) -> None:
         for token, origin in zip(tokens, origins, strict=True):
-            before = str(tokenizer.decode(shown, skip_special_tokens=True))
-            shown.append(token)
-            piece = str(tokenizer.decode(shown, skip_special_tokens=True))[len(before) :]
-            console.print(Text(piece, style=COLOURS[origin % len(COLOURS)]), end="", soft_wrap=True)
+            console.print(Text(text.push(token), style=COLOURS[origin % len(COLOURS)]), end="", soft_wrap=True)
 
     return stream
 
