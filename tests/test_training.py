@@ -1,0 +1,142 @@
+"""Training through transformers' Trainer: it learns, it goes on where it stood, settings that are equal are equal."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from torch.utils.data import Dataset
+
+import nextn
+from conftest import KINDS, fit, made_up_text, make_host
+from nextn.formats import FormatError
+from nextn.training import AttachRecipe, attach_and_train, last_checkpoint
+
+
+class Lines(Dataset):
+    def __init__(self, rows: int = 48, length: int = 24) -> None:
+        self.ids = made_up_text(rows, length, seed=7)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+def arguments(directory, **kwargs) -> transformers.TrainingArguments:
+    settings = {
+        "per_device_train_batch_size": 8,
+        "learning_rate": 3e-3,
+        "max_steps": 6,
+        "save_steps": 3,
+        "logging_steps": 2,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+    return transformers.TrainingArguments(output_dir=str(directory), **settings | kwargs)
+
+
+def model_of(kind: str = "recurrent", **kwargs) -> nextn.MultiTokenModel:
+    torch.manual_seed(3)
+    return nextn.attach(make_host("llama"), nextn.MultiTokenConfig(n=3, **KINDS[kind], **kwargs))
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal(ours, theirs, **bounds) -> None:
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], msg=name, **bounds)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_stock_trainer_and_a_loop_train_heads(kind, tmp_path):
+    model = model_of(kind)
+    before = state(model)
+    trainer = transformers.Trainer(model=model, args=arguments(tmp_path, max_steps=12), train_dataset=Lines())
+    losses = [entry["loss"] for entry in (trainer.train(), trainer.state.log_history)[1] if "loss" in entry]
+    assert losses[-1] < losses[0]
+    changed = {name for name, tensor in state(model).items() if not torch.equal(tensor, before[name])}
+    assert changed and all(name.startswith("heads.") for name in changed), "the trunk is frozen"
+
+    looped = model_of(kind)
+    ids = made_up_text(8, 24, seed=1)
+    first = looped(ids, labels=ids).loss.item()
+    fit(looped.train(), 10)
+    assert looped(ids, labels=ids).loss.item() < first
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_resumed_training_equals_training_in_one_go(frozen, tmp_path):
+    def train(directory, resume=None, **kwargs):
+        weights = {"preset": "deepseek"} if not frozen else {}
+        model = model_of(freeze_trunk=frozen, weights=weights)
+        trainer = nextn.Trainer(model=model, args=arguments(directory, **kwargs), train_dataset=Lines())
+        trainer.train(resume_from_checkpoint=resume)
+        return model, trainer
+
+    whole, _ = train(tmp_path / "whole")
+    resumed, trainer = train(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-3"))
+    assert trainer.state.global_step == 6
+    assert_equal(state(resumed), state(whole), rtol=0, atol=1e-6)
+    assert any("loss_2" in entry and "accuracy_3" in entry for entry in trainer.state.log_history)
+    stored = nextn.load(tmp_path / "whole" / "checkpoint-6", base=None if not frozen else whole.base)
+    assert_equal(state(stored), state(whole), rtol=0, atol=0)
+
+
+def test_one_batch_of_eight_equals_two_of_four_accumulated(tmp_path):
+    def train(name, size, accumulate):
+        model = model_of()
+        args = arguments(
+            tmp_path / name, per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, save_steps=99
+        )
+        nextn.Trainer(model=model, args=args, train_dataset=Lines()).train()
+        return state(model)
+
+    # The order of sums differs, and Adam divides by small roots: equal to 1e-4 after six steps at 3e-3.
+    assert_equal(train("one", 8, 1), train("two", 4, 2), rtol=0, atol=1e-4)
+
+
+def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
+    nextn.Trainer(model=model_of(), args=arguments(tmp_path), train_dataset=Lines()).train()
+    assert last_checkpoint(tmp_path).endswith("checkpoint-6")
+    (tmp_path / "checkpoint-6" / "trainer_state.json").write_text('{"half')
+    assert last_checkpoint(tmp_path).endswith("checkpoint-3")
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+@pytest.fixture
+def recipe(tiny_base, tmp_path) -> AttachRecipe:
+    text = "the cat sat on the mat. the dog sat on the log. "
+    lines = [json.dumps({"text": text[shift:] + text[:shift]}) for shift in range(len(text))]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    return AttachRecipe(
+        base=str(tiny_base),
+        data=[tmp_path / "data.jsonl"],
+        out=tmp_path / "heads",
+        vocabulary=32,
+        length=64,
+        batch=4,
+        epochs=2,
+        save_steps=4,
+    )
+
+
+def test_kept_trunk_states_change_nothing(recipe, tmp_path):
+    kept = attach_and_train(recipe, say=print)
+    assert not list(recipe.out.glob("trunk_states.*")), "the states are removed at the end"
+    fresh = attach_and_train(replace(recipe, out=tmp_path / "fresh", max_states_gb=0.0), say=print)
+    assert_equal(state(kept.heads), state(fresh.heads), rtol=0, atol=0)
+
+
+def test_another_recipe_in_the_same_directory_is_refused(recipe):
+    attach_and_train(recipe, say=print)
+    with pytest.raises(FormatError, match="other options"):
+        attach_and_train(replace(recipe, seed=1), say=print)
