@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -34,7 +35,7 @@ def test_packed_blocks_hold_every_document_once(examples, length):
         used = int(block["attention_mask"].sum())
         assert (block["labels"][used:] == IGNORE).all()
         borders = [*(block["position_ids"][:used] == 0).nonzero().flatten().tolist(), used]
-        for start, end in zip(borders, borders[1:], strict=False):
+        for start, end in itertools.pairwise(borders):
             assert torch.equal(block["position_ids"][start:end], torch.arange(end - start))
             found.append((block["input_ids"][start:end].tolist(), block["labels"][start:end].tolist()))
     assert sorted(found) == sorted(trainable)
@@ -55,7 +56,8 @@ def test_answers_are_trained_on_and_prompts_are_not():
 
 
 @pytest.mark.parametrize(
-    "content, says", [("hello\n", "line 1, is not JSON"), ('{"a": 1}\n[1]\n', "line 2, is no JSON object"), ("", "no rec")]
+    "content, says",
+    [("hello\n", "line 1, is not JSON"), ('{"a": 1}\n[1]\n', "line 2, is no JSON object"), ("", "no rec")],
 )
 def test_bad_files_get_a_sentence(tmp_path, content, says):
     (tmp_path / "data.jsonl").write_text(content)

@@ -48,7 +48,9 @@ def attach(
     out: Annotated[Path, typer.Option(help="Where the heads go; training goes on from here when killed.")],
     n: Annotated[int, typer.Option(help="Tokens predicted, the next one included: n - 1 drafts a step.")] = 4,
     heads: Annotated[Kind, typer.Option(help="One module for all depths, one each, or parallel heads.")] = "recurrent",
-    vocabulary: Annotated[int, typer.Option(min=0, help="Tokens that drafts can name, most frequent first; 0: all.")] = 8192,
+    vocabulary: Annotated[
+        int, typer.Option(min=0, help="Tokens that drafts can name, most frequent first; 0: all.")
+    ] = 8192,
     epochs: Annotated[float, typer.Option(min=1e-3, help="Passes over the data.")] = 3.0,
     learning_rate: Annotated[float, typer.Option(min=1e-9, help="Peak learning rate, cosine to a tenth.")] = 5e-4,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a packed block.")] = 512,

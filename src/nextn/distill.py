@@ -16,7 +16,6 @@ from typing import Any
 from nextn.data import prompt_ids, read_jsonl
 from nextn.decoding.engine import Engine
 
-
 Prompt = tuple[dict[str, Any], list[int]]  # a record with a `prompt`, and that prompt as token ids
 
 

@@ -51,7 +51,7 @@ def check(reference: Trunk, generations: Sequence[Generation], bound: float) -> 
         reference: the trunk in float32 (`float32_twin`).
         bound: the near-tie bound in logits.
     """
-    gaps = torch.cat([_gaps(reference, generation) for generation in generations])
+    gaps = torch.cat([_gaps(reference, generation) for generation in generations if generation.tokens])
     return Check(
         tokens=len(gaps),
         near_ties=int(((gaps > 0) & (gaps <= bound)).sum()),
@@ -83,6 +83,23 @@ def near_tie_bound(trunk: Trunk, texts: Sequence[Sequence[int]], width: int) -> 
     return float(torch.stack(changes).max())
 
 
+def agreement(reference: Trunk, prompt: Sequence[int], ours: list[int], theirs: list[int], bound: float) -> str:
+    """How two greedy continuations of one prompt compare.
+
+    Returns:
+        `identical`; `near tie`, where the first difference is between two tokens within `bound` of the reference's
+        best one (from there on they are different texts); or `differs`.
+    """
+    if ours == theirs:
+        return "identical"
+    first = next((place for place, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+    if first is None:
+        return "differs"  # one ends where the other goes on
+    gaps = [_gaps(reference, Generation(list(prompt), tokens[: first + 1]))[-1] for tokens in (ours, theirs)]
+    return "near tie" if max(gaps) <= bound else "differs"
+
+
+@torch.inference_mode()
 def _gaps(reference: Trunk, generation: Generation) -> Tensor:
     """By how much each emitted token falls short of the reference's best one [tokens]."""
     text = generation.prompt + generation.tokens

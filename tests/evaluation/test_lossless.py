@@ -1,0 +1,61 @@
+"""The checker finds what is wrong, and only that."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import VOCAB, greedy_reference, make_host
+from nextn.decoding.engine import Generation
+from nextn.evaluation.lossless import FLOAT32_BOUND, agreement, check, float32_twin, near_tie_bound
+from nextn.trunk import Trunk
+
+PROMPT = [5, 6, 7, 9]
+
+
+@pytest.fixture(scope="module")
+def text(trained_host) -> list[int]:
+    return greedy_reference(trained_host, PROMPT, 12)
+
+
+def test_the_models_own_text_passes(trained_host, text):
+    found = check(Trunk(trained_host), [Generation(PROMPT, text), Generation(PROMPT[:1], [])], FLOAT32_BOUND)
+    assert found.holds and (found.tokens, found.near_ties, found.unexplained, found.worst) == (12, 0, 0, 0.0)
+
+
+@pytest.mark.parametrize("place", [0, 5, 11])
+def test_one_wrong_token_is_found(trained_host, text, place):
+    wrong = [*text]
+    wrong[place] = (wrong[place] + 1) % VOCAB
+    # What follows a wrong token is judged by the prefix that holds it, so follow it up properly.
+    wrong = wrong[: place + 1] + greedy_reference(trained_host, PROMPT + wrong[: place + 1], 11 - place)
+    found = check(Trunk(trained_host), [Generation(PROMPT, wrong)], FLOAT32_BOUND)
+    assert not found.holds and found.unexplained == 1
+    assert found.worst > FLOAT32_BOUND
+
+
+def test_a_token_within_the_bound_is_a_near_tie(trained_host, text):
+    logits = trained_host(torch.tensor([PROMPT])).logits[0, -1].double()
+    second = int(logits.topk(2).indices[1])
+    gap = float(logits.max() - logits[second])
+    for bound, near_ties in ((gap * 1.01, 1), (gap * 0.99, 0)):
+        found = check(Trunk(trained_host), [Generation(PROMPT, [second])], bound)
+        assert (found.near_ties, found.unexplained) == (near_ties, 1 - near_ties)
+
+
+def test_the_bound_is_measured_in_bfloat16_and_a_constant_in_float32(trained_host, text):
+    half = Trunk(make_host("llama").bfloat16())
+    bound = near_tie_bound(half, [PROMPT + text], width=4)
+    assert 0 < bound < 5
+    assert near_tie_bound(Trunk(trained_host), [PROMPT + text], width=4) == FLOAT32_BOUND
+    twin = float32_twin(half.model)
+    assert twin.dtype == torch.float32 and half.dtype == torch.bfloat16, "the twin is a copy"
+
+
+def test_two_texts_agree_up_to_the_first_near_tie(trained_host, text):
+    trunk = Trunk(trained_host)
+    assert agreement(trunk, PROMPT, text, text, FLOAT32_BOUND) == "identical"
+    other = [*text[:4], (text[4] + 1) % VOCAB, *text[5:]]
+    assert agreement(trunk, PROMPT, text, other, FLOAT32_BOUND) == "differs"
+    assert agreement(trunk, PROMPT, text, other, bound=1e6) == "near tie"
+    assert agreement(trunk, PROMPT, text, text[:6], FLOAT32_BOUND) == "differs"

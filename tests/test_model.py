@@ -1,0 +1,83 @@
+"""The model as transformers' users hold it: generate, save, load, forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+
+import nextn
+from conftest import greedy_reference, make_host
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.tokens, self.ended = [], False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_prompts_give_each_rows_own_text(trained_model, prompts, side):
+    width = max(map(len, prompts))
+    ids, mask = torch.zeros(len(prompts), width, dtype=torch.long), torch.zeros(len(prompts), width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        where = slice(width - len(prompt), width) if side == "left" else slice(0, len(prompt))
+        ids[row, where], mask[row, where] = torch.tensor(prompt), 1
+    texts = [greedy_reference(trained_model.base, prompt, 15, stops=(7, 2)) for prompt in prompts]
+    given = trained_model.generate(ids, attention_mask=mask, max_new_tokens=15, eos_token_id=[7, 2], pad_token_id=0)
+    assert torch.equal(given[:, :width], ids)
+    longest = max(map(len, texts))
+    assert given[:, width:].tolist() == [text + [0] * (longest - len(text)) for text in texts]
+
+
+def test_generate_equals_transformers_with_and_without_heads(trained_model, prompts):
+    ids = torch.tensor([prompts[3]])
+    theirs = trained_model.base.generate(ids, max_new_tokens=20, do_sample=False)
+    for heads in (None, 1):
+        streamer = Recorder()
+        ours = trained_model.generate(ids, max_new_tokens=20, heads=heads, streamer=streamer)
+        assert torch.equal(ours, theirs)
+        assert streamer.tokens == ours[0].tolist() and streamer.ended
+
+
+def test_what_generate_cannot_do_is_said(trained_model):
+    ids = torch.tensor([[5, 6]])
+    with pytest.raises(ValueError, match="greedily so far"):
+        trained_model.generate(ids, do_sample=True)
+    with pytest.raises(ValueError, match="one prompt only"):
+        trained_model.generate(ids.expand(2, -1), streamer=Recorder())
+    with pytest.raises(ValueError, match="at least 1"):
+        trained_model.generate(ids, max_new_tokens=0)
+
+
+def test_a_saved_model_is_a_plain_model_plus_a_small_extra(trained_model, tmp_path):
+    trained_model.save_pretrained(tmp_path)
+    plain = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.randint(3, 60, (2, 12))
+    assert torch.equal(plain(ids).logits, trained_model.base(ids).logits)
+    loaded = nextn.load(tmp_path)
+    assert torch.equal(loaded(ids).logits, trained_model(ids).logits)
+    assert torch.equal(loaded.generate(ids[:1], max_new_tokens=9), trained_model.generate(ids[:1], max_new_tokens=9))
+    assert sorted(path.name for path in (tmp_path / "nextn").iterdir()) == ["config.json", "heads.safetensors"]
+
+
+def test_kept_trunk_states_give_the_same_loss():
+    model = nextn.attach(make_host("llama"), nextn.MultiTokenConfig(n=3, recurrent=True)).train()
+    ids = torch.randint(3, 60, (2, 16))
+    kept = model.trunk_states(ids)
+    torch.testing.assert_close(model(ids, labels=ids, trunk_states=kept).loss, model(ids, labels=ids).loss)
+
+
+def test_a_frozen_trunk_keeps_no_graph():
+    model = nextn.attach(make_host("llama"), nextn.MultiTokenConfig(n=3, weights={"preset": "deepseek"})).train()
+    ids = torch.randint(3, 60, (2, 16))
+    seen = []
+    model.base.model.layers[0].register_forward_hook(lambda _module, _args, output: seen.append(output))
+    model(ids, labels=ids).loss.backward()
+    assert seen and not any(getattr(output, "requires_grad", False) for output in seen)
+    assert all(parameter.grad is None for parameter in model.base.parameters())
