@@ -134,7 +134,7 @@ def trained_host() -> tf.PreTrainedModel:
 def trained_model(request, trained_host) -> nextn.MultiTokenModel:
     """Heads of each kind, really trained; some tokens they cannot name, so they are right often, not always."""
     config = nextn.MultiTokenConfig(n=4, output={"kind": "trimmed", "size": 52}, **KINDS[request.param])
-    model = nextn.attach(copy.deepcopy(trained_host), config, calibration=made_up_text(8, 48, seed=999))
+    model = nextn.attach(copy.deepcopy(trained_host), config, calibration={"input_ids": made_up_text(8, 48, seed=999)})
     fit(model.train(), 100)
     return model.eval()
 

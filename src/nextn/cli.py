@@ -52,10 +52,10 @@ def attach(
         int, typer.Option(min=0, help="Tokens that drafts can name, most frequent first; 0: all.")
     ] = 8192,
     epochs: Annotated[float, typer.Option(min=1e-3, help="Passes over the data.")] = 3.0,
-    learning_rate: Annotated[float, typer.Option(min=1e-9, help="Peak learning rate, cosine to a tenth.")] = 5e-4,
+    learning_rate: Annotated[float, typer.Option(min=1e-9, help="Peak learning rate, cosine to a tenth.")] = 2.5e-3,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a packed block.")] = 512,
-    batch: Annotated[int, typer.Option(min=1, help="Blocks in a batch.")] = 8,
-    save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    batch: Annotated[int, typer.Option(min=1, help="Blocks in a batch.")] = 2,
+    save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
     seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
 ) -> None:
     """Train heads on a frozen model."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from nextn.losses import IGNORE
 
@@ -137,6 +137,10 @@ class PackedBlocks(Dataset):
             "position_ids": torch.tensor(positions + list(range(padding))),
             "attention_mask": torch.tensor([1] * len(ids) + [0] * padding),
         }
+
+    def batch(self, places: Iterable[int]) -> dict[str, Tensor]:
+        """Several blocks as one batch [B, length]."""
+        return default_collate([self[place] for place in places])
 
     @property
     def trained_tokens(self) -> int:

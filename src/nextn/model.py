@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,13 +234,16 @@ def as_text(ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | N
     return Text(ids, positions, torch.where(used > 0, documents, -1))
 
 
-def attach(base: PreTrainedModel, config: MultiTokenConfig, calibration: Tensor | None = None) -> MultiTokenModel:
+def attach(
+    base: PreTrainedModel, config: MultiTokenConfig, calibration: Mapping[str, Tensor] | None = None
+) -> MultiTokenModel:
     """Give a causal language model heads, initialised from its own last layer and norms.
 
     Args:
         base: any supported transformers model; it is used as it is, not copied.
-        calibration: token ids [B, T] of text like that to be decoded. Sequential heads fit their input projection
-            to it in closed form, which makes the first loss a sane one.
+        calibration: text like that to be decoded, as `forward` takes it: input_ids [B, T] and, where rows are padded
+            or packed, attention_mask and position_ids. Sequential heads fit their input projection to it in closed
+            form, which makes the first loss a sane one; 50,000 tokens are enough.
 
     Raises:
         HostError, ConfigError: where the host or the config cannot work; the message says why.
@@ -248,5 +251,7 @@ def attach(base: PreTrainedModel, config: MultiTokenConfig, calibration: Tensor 
     model = MultiTokenModel(base, config)
     check_logits(model.trunk)
     if calibration is not None:
-        model.heads.calibrate(model.trunk, as_text(calibration.to(model.trunk.device), None, None))
+        batch = {name: tensor.to(model.trunk.device) for name, tensor in calibration.items()}
+        text = as_text(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
+        model.heads.calibrate(model.trunk, text)
     return model

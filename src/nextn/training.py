@@ -130,10 +130,10 @@ class AttachRecipe:
     heads: str = "recurrent"
     vocabulary: int = 8192
     epochs: float = 3.0
-    learning_rate: float = 5e-4
+    learning_rate: float = 2.5e-3
     length: int = 512
-    batch: int = 8
-    save_steps: int = 100
+    batch: int = 2
+    save_steps: int = 250
     seed: int = 0
     max_states_gb: float = 4.0
 
@@ -160,8 +160,7 @@ def attach_and_train(recipe: AttachRecipe, say: Callable[[str], None] = print) -
 
     transformers.set_seed(recipe.seed)
     checkpoint = last_checkpoint(recipe.out)
-    sample = torch.stack([blocks[place]["input_ids"] for place in range(min(16, len(blocks)))])
-    model = attach(base, config, calibration=None if checkpoint else sample)
+    model = attach(base, config, calibration=None if checkpoint else blocks.batch(range(min(128, len(blocks)))))
     if isinstance(model.heads.output, TrimmedOutput):
         labels = torch.tensor(
             [label for block in blocks.blocks for _, labels in block for label in labels if label >= 0]

@@ -27,7 +27,7 @@ def test_our_masks_give_the_hosts_own_logits(family, attention):
 def test_heads_on_every_family(family, kind, tmp_path):
     host = make_host(family)
     config = nextn.MultiTokenConfig(n=3, output={"kind": "trimmed", "size": 40}, **KINDS[kind])
-    model = nextn.attach(host, config, calibration=torch.randint(3, VOCAB, (2, 20)))
+    model = nextn.attach(host, config, calibration={"input_ids": torch.randint(3, VOCAB, (2, 20))})
     ids = torch.randint(3, VOCAB, (2, 24))
     model.train()
     model(ids, labels=ids).loss.backward()

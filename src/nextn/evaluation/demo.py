@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from nextn.data import TextStream, prompt_ids
 from nextn.decoding.engine import Generation
 from nextn.evaluation.acceptance import DEFINITIONS, Acceptance
 from nextn.evaluation.lossless import Check, check, float32_twin, near_tie_bound
+from nextn.evaluation.report import acceptance_json, machine
 from nextn.model import MultiTokenModel
 
 PROMPTS = {
@@ -42,6 +42,14 @@ class Run:
     @property
     def identical(self) -> bool:
         return self.plain.tokens == self.heads.tokens
+
+
+def warm_up(model: MultiTokenModel, prompt: list[int]) -> None:
+    """Run each of the three ways once, so that none of them pays for the first call."""
+    host: Any = model.base
+    for heads in (1, None):
+        list(model.engine(heads=heads).generate([prompt], 8))
+    host.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
 
 
 def run_prompt(
@@ -89,7 +97,7 @@ def demo(
     for draft in range(1, n):
         legend.append(f"  draft {draft}", style=COLOURS[draft])
     console.print(legend)
-    list(model.engine().generate([prompt_ids(tokenizer, "Hi")], 8))  # warm up
+    warm_up(model, prompt_ids(tokenizer, "Hi"))
     runs = [run_prompt(model, tokenizer, name, max_new_tokens, console) for name in PROMPTS]
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("checking every token against a float32 pass, one token a step", total=len(runs) + 1)
@@ -102,8 +110,8 @@ def demo(
             bar.advance(task)
     report = figures(runs, checks, n)
     console.print(table(runs, checks, report, n))
-    console.print(f"[dim]{DEFINITIONS}\n{machine(model, bound)}[/dim]", highlight=False)
-    return report
+    console.print(f"[dim]{DEFINITIONS}\n{conditions(model, bound)}[/dim]", highlight=False)
+    return report | {"machine": machine()}
 
 
 def figures(runs: list[Run], checks: list[Check], n: int) -> dict[str, Any]:
@@ -118,16 +126,11 @@ def _figures(runs: list[Run], checks: list[Check], n: int) -> dict[str, Any]:
     tokens = sum(len(run.plain.tokens) for run in runs)
     new_tokens = sum(len(run.heads.tokens) for run in runs)
     seconds = {way: sum(run.seconds[way] for run in runs) for way in ("nextn", "plain", "transformers")}
-    shares = {
-        kind: [None if math.isnan(share) else share for share in asdict(acceptance)[kind]]
-        for kind in ("conditional", "cumulative")
-    }
     return {
         "identical": all(run.identical for run in runs),
         "near_ties": sum(one.near_ties for one in checks),
         "unexplained": sum(one.unexplained for one in checks),
-        "tau": acceptance.tau,
-        "acceptance": shares,
+        **acceptance_json(acceptance),
         "tokens_per_second": {
             way: (new_tokens if way == "nextn" else tokens) / second for way, second in seconds.items()
         },
@@ -164,10 +167,11 @@ def table(runs: list[Run], checks: list[Check], report: dict[str, Any], n: int) 
     return made
 
 
-def machine(model: MultiTokenModel, bound: float) -> str:
+def conditions(model: MultiTokenModel, bound: float) -> str:
     """Where and how the figures came about, in one line."""
+    here = machine()
     dtype = str(model.trunk.dtype).removeprefix("torch.")
     return (
-        f"{dtype}, {model.trunk.device.type}, {torch.get_num_threads()} threads, batch 1, "
-        f"one run; near ties are tokens within {bound:.3g} logits of the float32 argmax."
+        f"{here['accelerator'] or here['processor']}, {here['threads']} threads, {dtype}, batch 1, one run; near ties "
+        f"are tokens within {bound:.3g} logits of the float32 argmax."
     )

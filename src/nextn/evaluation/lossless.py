@@ -8,14 +8,18 @@ is 1e-3 in float32; in bfloat16 it is measured on the machine, between passes of
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from nextn.decoding.engine import Generation
+from nextn.evaluation.acceptance import Acceptance
+from nextn.model import MultiTokenModel
 from nextn.trunk import RaggedCache, Trunk
 
 FLOAT32_BOUND = 1e-3
@@ -97,6 +101,55 @@ def agreement(reference: Trunk, prompt: Sequence[int], ours: list[int], theirs: 
         return "differs"  # one ends where the other goes on
     gaps = [_gaps(reference, Generation(list(prompt), tokens[: first + 1]))[-1] for tokens in (ours, theirs)]
     return "near tie" if max(gaps) <= bound else "differs"
+
+
+def measure(
+    model: MultiTokenModel,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Decode prompts with heads, plainly and (in float32) with transformers, and check every token, batch 1.
+
+    Args:
+        prompts: token ids.
+        advance: called once a prompt is done.
+
+    Returns:
+        `tau`; `tokens`, `near_ties`, `unexplained`, `bound` and `worst` of the text with heads (see `Check`); `plain`
+        and `transformers`: how many texts were `identical`, parted at a `near tie`, or `differs`, against the plain
+        engine and against transformers.generate (None in bfloat16, where transformers rounds in other places).
+    """
+    trunk, reference = model.trunk, float32_twin(model.base)
+    with_heads = [_decode(model, prompt, new_tokens, None) for prompt in prompts]
+    texts = [generation.prompt + generation.tokens for generation in with_heads[:4]]
+    bound = near_tie_bound(trunk, texts, model.multi_token.n)
+    checks, plain = [], Counter[str]()
+    theirs = Counter[str]() if trunk.dtype == torch.float32 else None
+    for generation in with_heads:
+        prompt, ours = generation.prompt, generation.tokens
+        checks.append(check(reference, [generation], bound))
+        plain[agreement(reference, prompt, ours, _decode(model, prompt, new_tokens, 1).tokens, bound)] += 1
+        if theirs is not None:
+            host: Any = model.base
+            text = host.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False)[0].tolist()
+            theirs[agreement(reference, prompt, ours, text[len(prompt) :], bound)] += 1
+        advance()
+    return {
+        "tau": Acceptance.of(with_heads, model.multi_token.n).tau,
+        "tokens": sum(one.tokens for one in checks),
+        "near_ties": sum(one.near_ties for one in checks),
+        "unexplained": sum(one.unexplained for one in checks),
+        "bound": bound,
+        "worst": max(one.worst for one in checks),
+        "plain": dict(plain),
+        "transformers": None if theirs is None else dict(theirs),
+    }
+
+
+def _decode(model: MultiTokenModel, prompt: Sequence[int], new_tokens: int, heads: int | None) -> Generation:
+    ((_, generation),) = model.engine(heads=heads).generate([prompt], new_tokens)
+    return generation
 
 
 @torch.inference_mode()

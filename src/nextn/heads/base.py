@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,11 @@ class Text:
     def visible(self) -> VisibleFn:
         """Causal within documents."""
         return causal(self.positions, self.positions, self.documents, self.documents)
+
+    def split(self, rows: int) -> Iterator[Text]:
+        """The batch in parts of at most so many rows."""
+        parts = zip(self.ids.split(rows), self.positions.split(rows), self.documents.split(rows), strict=True)
+        return (Text(*part) for part in parts)
 
 
 class Heads(nn.Module, ABC):

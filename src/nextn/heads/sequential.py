@@ -51,17 +51,23 @@ class SequentialModule(nn.Module):
         """Fit eh_proj, in closed form, to the state that the host's last layer reads one position later.
 
         The module's layer starts as a copy of that last layer, so with a good eh_proj the module starts as the
-        trunk's own guess one token further. Ridge regression in float64 over the positions of the text.
+        trunk's own guess one token further. Ridge regression in float64 over the positions of the text; with fewer
+        than some ten thousand of them it fits that text and no other.
         """
         weight: Tensor = self.eh_proj.weight
-        hidden, into_last = trunk.run(text.ids, text.positions, text.visible(), tap="before_last_layer")
-        next_in_document = (text.documents[:, 1:] == text.documents[:, :-1]) & (text.documents[:, 1:] >= 0)
-        fused = self.fuse(trunk.embedding(text.ids).to(hidden.dtype)[:, 1:], hidden[:, :-1])
-        inputs = fused[next_in_document].double()  # [N, 2D]
-        wanted = into_last[:, 1:][next_in_document].double()  # [N, D]
-        gram = inputs.T @ inputs
-        ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
-        weight.copy_(torch.linalg.solve(gram + ridge, inputs.T @ wanted).T)
+        width = 2 * trunk.width
+        gram = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
+        moments = torch.zeros(width, trunk.width, dtype=torch.float64, device=weight.device)
+        for part in text.split(rows=8):
+            hidden, into_last = trunk.run(part.ids, part.positions, part.visible(), tap="before_last_layer")
+            next_in_document = (part.documents[:, 1:] == part.documents[:, :-1]) & (part.documents[:, 1:] >= 0)
+            fused = self.fuse(trunk.embedding(part.ids).to(hidden.dtype)[:, 1:], hidden[:, :-1])
+            inputs = fused[next_in_document].double()  # [N, 2D]
+            gram += inputs.T @ inputs
+            moments += inputs.T @ into_last[:, 1:][next_in_document].double()
+        ridge = 1e-3 * gram.diagonal().mean()
+        gram.diagonal().add_(ridge)
+        weight.copy_(torch.linalg.solve(gram, moments).T)
 
 
 def ahead(ids: Tensor, by: int) -> Tensor:

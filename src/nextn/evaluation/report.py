@@ -1,0 +1,59 @@
+"""What every report says: the machine that the figures come from, and figures in a form that JSON has."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from nextn.evaluation.acceptance import Acceptance
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its threads and the versions that decide a figure."""
+    return {
+        "processor": _processor(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "bfloat16": "native" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def acceptance_json(acceptance: Acceptance) -> dict[str, Any]:
+    """`steps`, `tau` and `acceptance` (`conditional`, `cumulative`: by draft), None where a share has no cases."""
+    return {
+        "steps": acceptance.steps,
+        "tau": _number(acceptance.tau),
+        "acceptance": {
+            "conditional": [_number(share) for share in acceptance.conditional],
+            "cumulative": [_number(share) for share in acceptance.cumulative],
+        },
+    }
+
+
+def percent(shares: Sequence[float | None]) -> str:
+    """`61% 34% 17%`, a dash where there is no figure."""
+    return " ".join("–" if share is None or math.isnan(share) else f"{share:.0%}" for share in shares)
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    known = {name.strip(): value.strip() for name, value in fields.items()}
+    return (
+        f"{known.get('model name', platform.machine())} (family {known.get('cpu family')}, model {known.get('model')})"
+    )
