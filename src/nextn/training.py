@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from nextn.config import MultiTokenConfig, OutputConfig
 from nextn.data import PackedBlocks, load_examples
@@ -193,9 +193,14 @@ def attach_and_train(recipe: AttachRecipe, say: Callable[[str], None] = print) -
         report_to=[],
         remove_unused_columns=False,
     )
-    Trainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer).train(
-        resume_from_checkpoint=checkpoint
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=default_collate,  # blocks are of one length; the tokenizer's collator would take them apart
+        processing_class=tokenizer,
     )
+    trainer.train(resume_from_checkpoint=checkpoint)
     native.save_heads(model, recipe.out, base_name=recipe.base, dtype=torch.bfloat16)
     for leftover in recipe.out.glob("trunk_states.*"):
         leftover.unlink()

@@ -7,6 +7,7 @@ import torch
 
 from conftest import VOCAB, greedy_reference, make_host
 from nextn.decoding.engine import Generation
+from nextn.evaluation import lossless
 from nextn.evaluation.lossless import FLOAT32_BOUND, agreement, check, float32_twin, near_tie_bound
 from nextn.trunk import Trunk
 
@@ -35,7 +36,8 @@ def test_one_wrong_token_is_found(trained_host, text, place):
 
 
 def test_a_token_within_the_bound_is_a_near_tie(trained_host, text):
-    logits = trained_host(torch.tensor([PROMPT])).logits[0, -1].double()
+    with torch.no_grad():
+        logits = trained_host(torch.tensor([PROMPT])).logits[0, -1].double()
     second = int(logits.topk(2).indices[1])
     gap = float(logits.max() - logits[second])
     for bound, near_ties in ((gap * 1.01, 1), (gap * 0.99, 0)):
@@ -43,13 +45,19 @@ def test_a_token_within_the_bound_is_a_near_tie(trained_host, text):
         assert (found.near_ties, found.unexplained) == (near_ties, 1 - near_ties)
 
 
-def test_the_bound_is_measured_in_bfloat16_and_a_constant_in_float32(trained_host, text):
+def test_the_bound_is_the_largest_move_between_widths(monkeypatch):
+    narrow = torch.tensor([[5.0, 4.0, 0, 0, 0, -1.0], [1.0, 3.0, 2.5, 0, 0, 0]])
+    wide = torch.tensor([[5.0, 4.25, 0, 0, 0, 9.0], [1.0, 3.5, 2.0, 0, 0, 0]])  # 9.0 is no candidate of the narrow pass
+    monkeypatch.setattr(lossless, "_stepwise_logits", lambda _trunk, _text, step: narrow if step == 1 else wide)
     half = Trunk(make_host("llama").bfloat16())
-    bound = near_tie_bound(half, [PROMPT + text], width=4)
-    assert 0 < bound < 5
+    assert near_tie_bound(half, [[1, 2]], width=4) == 1.0  # 3.0 - 2.5 became 3.5 - 2.0
+
+
+def test_the_bound_is_a_constant_in_float32_and_the_twin_a_copy(trained_host, text):
     assert near_tie_bound(Trunk(trained_host), [PROMPT + text], width=4) == FLOAT32_BOUND
+    half = Trunk(make_host("llama").bfloat16())
     twin = float32_twin(half.model)
-    assert twin.dtype == torch.float32 and half.dtype == torch.bfloat16, "the twin is a copy"
+    assert twin.dtype == torch.float32 and half.dtype == torch.bfloat16
 
 
 def test_two_texts_agree_up_to_the_first_near_tie(trained_host, text):

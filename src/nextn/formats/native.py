@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -107,13 +108,23 @@ def hash_of(base: PreTrainedModel, directory: str | Path | None = None) -> str:
     The files decide where there are any (in `directory`, or where the base was loaded from), so that the dtype that
     a base was loaded in changes nothing; a base that was never stored is hashed in memory.
     """
-    files = sorted(Path(directory or base.config._name_or_path).glob("*.safetensors"))
+    files = sorted(_weights_directory(base, directory).glob("*.safetensors"))
     digest = hashlib.sha256()
     tensors = sorted(_stored(files), key=lambda item: item[0]) if files else _in_memory(base)
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return "sha256:" + digest.hexdigest()
+
+
+def _weights_directory(base: PreTrainedModel, directory: str | Path | None) -> Path:
+    """Where the weights of a base lie: in `directory`, where it was loaded from, or in the hub's cache."""
+    name = str(directory or base.config._name_or_path)
+    if directory is None and not Path(name).is_dir():
+        revision = getattr(base.config, "_commit_hash", None)
+        cached = try_to_load_from_cache(name, "config.json", revision=revision) if name.count("/") == 1 else None
+        return Path(cached).parent if isinstance(cached, str) else Path(name)
+    return Path(name)
 
 
 def _stored(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
