@@ -57,7 +57,7 @@ class Trainer(transformers.Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         directory = output_dir or str(self.args.output_dir)
         if self.model.multi_token.freeze_trunk:
-            native.save_heads(self.model, directory)
+            native.save_heads(self.model, directory, tokenizer=self.processing_class)
         else:
             native.save(self.model, directory, self.processing_class)
 
@@ -201,7 +201,7 @@ def attach_and_train(recipe: AttachRecipe, say: Callable[[str], None] = print) -
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    native.save_heads(model, recipe.out, base_name=recipe.base, dtype=torch.bfloat16)
+    native.save_heads(model, recipe.out, base_name=recipe.base, dtype=torch.bfloat16, tokenizer=tokenizer)
     for leftover in recipe.out.glob("trunk_states.*"):
         leftover.unlink()
     say(f"heads saved in {recipe.out}")

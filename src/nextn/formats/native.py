@@ -44,7 +44,7 @@ def save(model: MultiTokenModel, directory: str | Path, tokenizer: Any = None) -
     model.base.save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    save_heads(model, directory, base_hash=hash_of(model.base, directory))
+    save_heads(model, directory, base_hash=hash_of(model.base, directory), tokenizer=tokenizer)
 
 
 def save_heads(
@@ -53,6 +53,7 @@ def save_heads(
     base_name: str | None = None,
     dtype: torch.dtype | None = None,
     base_hash: str | None = None,
+    tokenizer: Any = None,
 ) -> None:
     """Write the heads alone, as `directory`/nextn/. The tensors are in place before the config names them.
 
@@ -60,6 +61,7 @@ def save_heads(
         base_name: how the base is to be found again (hub name or path); default: where it was loaded from.
         dtype: the stored dtype of floating tensors; default: as they are.
         base_hash: the base's hash, where it is known; default: `hash_of(model.base)`.
+        tokenizer: that of the base; heads that know it refuse another one.
     """
     extra = writable(Path(directory) / EXTRA)
     tensors = {
@@ -77,6 +79,7 @@ def save_heads(
             "name": base_name or base.config._name_or_path,
             "architecture": type(base).__name__,
             "hash": base_hash or hash_of(base),
+            "tokenizer": None if tokenizer is None else hash_of_tokenizer(tokenizer),
             "vocab_size": model.trunk.vocab_size,
             "hidden_size": model.trunk.width,
         },
@@ -117,14 +120,20 @@ def hash_of(base: PreTrainedModel, directory: str | Path | None = None) -> str:
     return "sha256:" + digest.hexdigest()
 
 
+def hash_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over the sorted vocabulary, added tokens included."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
+    return "sha256:" + hashlib.sha256(vocabulary.encode()).hexdigest()
+
+
 def _weights_directory(base: PreTrainedModel, directory: str | Path | None) -> Path:
     """Where the weights of a base lie: in `directory`, where it was loaded from, or in the hub's cache."""
     name = str(directory or base.config._name_or_path)
-    if directory is None and not Path(name).is_dir():
-        revision = getattr(base.config, "_commit_hash", None)
-        cached = try_to_load_from_cache(name, "config.json", revision=revision) if name.count("/") == 1 else None
-        return Path(cached).parent if isinstance(cached, str) else Path(name)
-    return Path(name)
+    if name.count("/") == 1 and not Path(name).is_dir():  # owner/name
+        cached = try_to_load_from_cache(name, "config.json", revision=getattr(base.config, "_commit_hash", None))
+        if isinstance(cached, str):
+            return Path(cached).parent
+    return Path(name or os.devnull)  # without a name it was made in memory: no files
 
 
 def _stored(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -157,7 +166,7 @@ def load(
     Raises:
         FormatError: for a missing or truncated file, or heads that do not fit the base.
     """
-    directory = shipped_heads() if str(directory) == BUNDLED else Path(directory)
+    directory = _with_heads(directory)
     description = describe(directory)
     try:
         config = MultiTokenConfig(**description["multi_token"])
@@ -171,6 +180,10 @@ def load(
     load_heads(model, directory)
     model.heads.to(model.trunk.dtype)
     return model.eval()
+
+
+def _with_heads(directory: str | Path) -> Path:
+    return shipped_heads() if str(directory) == BUNDLED else Path(directory)
 
 
 def load_base(name: str, dtype: torch.dtype | None = None, **kwargs: Any) -> PreTrainedModel:
@@ -265,7 +278,20 @@ def open_for_decoding(
     else:
         model = load(name, dtype=wanted)
         engine, plain = model.engine(rows), model.base.config._name_or_path
-    return engine, load_tokenizer(plain)
+    tokenizer = load_tokenizer(plain)
+    if heads != 1:
+        check_tokenizer(name, tokenizer)
+    return engine, tokenizer
+
+
+def check_tokenizer(directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that is not the one that the heads in a directory were trained with."""
+    stated = describe(_with_heads(directory))["base"].get("tokenizer")
+    if stated is not None and stated != hash_of_tokenizer(tokenizer):
+        raise FormatError(
+            f"The heads in {directory} were trained with another tokenizer than {tokenizer.name_or_path} has; "
+            "use the base that they name."
+        )
 
 
 def named_dtype(name: str) -> torch.dtype:
