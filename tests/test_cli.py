@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,10 +86,11 @@ def test_distill_skips_what_is_answered(tiny_base, tmp_path):
     assert out.read_text() == before
 
 
-def killed_after(seconds_or_file: Path, command: list[str]) -> None:
+def killed_after(file: Path, command: list[str]) -> None:
+    """Run a command and kill it with SIGKILL once a file is there."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
-    while not seconds_or_file.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not file.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert process.poll() is None, "it should still be at work"
     os.kill(process.pid, signal.SIGKILL)
@@ -104,7 +106,8 @@ def test_killed_training_goes_on_to_the_same_heads(tiny_base, data, tmp_path):
     command = [sys.executable, "-m", "nextn.cli", *map(str, words(killed))]
     killed_after(killed / "checkpoint-20" / "trainer_state.json", command)
     assert not (killed / "nextn").exists()
-    succeed(*words(killed))
+    text = succeed(*words(killed))
+    assert "going on from" in text and "checkpoint-20" in text
     ours, theirs = (load_file(directory / "nextn" / "heads.safetensors") for directory in (killed, whole))
     for name in theirs:  # stored in bfloat16
         torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=0.01, atol=1e-3, msg=name)
@@ -116,6 +119,9 @@ def bad_inputs(tiny_base: Path, heads: Path, data: Path, tmp: Path) -> dict[str,
     for file in tiny_base.iterdir():
         (truncated / file.name).write_bytes(file.read_bytes())
     (truncated / "model.safetensors").write_bytes((tiny_base / "model.safetensors").read_bytes()[:2000])
+    whole = tmp / "whole"
+    shutil.copytree(truncated, whole)
+    shutil.copytree(heads / "nextn", whole / "nextn")
     (tmp / "words.jsonl").write_text("hello\n")
     (tmp / "nothing.jsonl").write_text('{"text": "  "}\n')
     (tmp / "prompts.jsonl").write_text('{"prompt": "cat"}\n')
@@ -133,6 +139,7 @@ def bad_inputs(tiny_base: Path, heads: Path, data: Path, tmp: Path) -> dict[str,
         "no file": (["attach", tiny_base, "--data", tmp / "none.jsonl", "--out", tmp / "out"], "no data file"),
         "n = 1": ([*attach, "--n", 1], "at least 2"),
         "vocabulary": ([*attach, "--vocabulary", 65], "vocabulary has 64"),
+        "length": ([*attach, "--length", 129], "reads 128 tokens"),
         "out": (["attach", tiny_base, "--data", data, "--out", tmp / "file" / "out"], "cannot be written"),
         "distill out": (
             ["distill", tiny_base, "--prompts", tmp / "prompts.jsonl", "--out", tmp / "file" / "out" / "a.jsonl"],
@@ -142,6 +149,7 @@ def bad_inputs(tiny_base: Path, heads: Path, data: Path, tmp: Path) -> dict[str,
             ["distill", tiny_base, "--prompts", data, "--out", tmp / "a.jsonl"],
             "no record with a `prompt`",
         ),
+        "info of a truncated model": (["info", whole], "truncated"),
         "info of nothing": (["info", tmp], "holds no heads"),
     }
 

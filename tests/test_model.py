@@ -51,6 +51,8 @@ def test_what_generate_cannot_do_is_said(trained_model):
         trained_model.generate(ids, do_sample=True)
     with pytest.raises(ValueError, match="one prompt only"):
         trained_model.generate(ids.expand(2, -1), streamer=Recorder())
+    with pytest.raises(ValueError, match="heads is 2"):
+        trained_model.generate(ids, heads=2)
     with pytest.raises(ValueError, match="at least 1"):
         trained_model.generate(ids, max_new_tokens=0)
 
@@ -71,6 +73,22 @@ def test_kept_trunk_states_give_the_same_loss():
     ids = torch.randint(3, 60, (2, 16))
     kept = model.trunk_states(ids)
     torch.testing.assert_close(model(ids, labels=ids, trunk_states=kept).loss, model(ids, labels=ids).loss)
+
+
+def test_training_goes_on_after_decoding():
+    config = nextn.MultiTokenConfig(n=3, recurrent=True, output={"kind": "trimmed", "size": 20})
+    model = nextn.attach(make_host("llama"), config)
+    ids = torch.randint(3, 60, (2, 16))
+    model.generate(ids, max_new_tokens=4)
+    model.train()(ids, labels=ids).loss.backward()
+
+
+def test_heads_of_another_dtype_than_the_trunks_draft():
+    model = nextn.attach(make_host("gemma3").bfloat16(), nextn.MultiTokenConfig(n=3))
+    model.heads.float()
+    ids = torch.randint(3, 60, (1, 9))
+    plain = model.generate(ids, max_new_tokens=6, heads=1)
+    assert torch.equal(model.generate(ids, max_new_tokens=6), plain)
 
 
 def test_a_frozen_trunk_keeps_no_graph():

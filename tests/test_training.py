@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 import nextn
 from conftest import KINDS, fit, made_up_text, make_host
@@ -136,7 +136,29 @@ def test_kept_trunk_states_change_nothing(recipe, tmp_path):
     assert_equal(state(kept.heads), state(fresh.heads), rtol=0, atol=0)
 
 
-def test_another_recipe_in_the_same_directory_is_refused(recipe):
+def test_another_recipe_or_other_data_in_the_same_directory_is_refused(recipe):
     attach_and_train(recipe, say=print)
     with pytest.raises(FormatError, match="other options"):
         attach_and_train(replace(recipe, seed=1), say=print)
+    with recipe.data[0].open("a") as file:
+        file.write('{"text": "one more line"}\n')
+    with pytest.raises(FormatError, match="other data"):
+        attach_and_train(recipe, say=print)
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
+    args = arguments(
+        tmp_path, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True, learning_rate=0.5, max_steps=6
+    )
+    model = model_of()
+    trainer = nextn.Trainer(model=model, args=args, train_dataset=Lines(), eval_dataset=Lines(8))
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert_equal(state(nextn.load(best, base=model.base).heads), state(model.heads), rtol=0, atol=0)
+
+
+def test_the_trainer_counts_the_targets_that_the_loss_counts():
+    trainer = nextn.Trainer(model=model_of(), args=transformers.TrainingArguments(use_cpu=True, report_to=[]))
+    batch = default_collate([Lines()[place] for place in range(4)])
+    _, counted = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    assert int(counted) == 4 * 23

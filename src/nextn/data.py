@@ -97,15 +97,25 @@ def example(tokenizer: Any, record: dict[str, Any]) -> tuple[list[int], list[int
     """
     answer, text = record.get("answer"), record.get("text")
     if isinstance(record.get("prompt"), str) and isinstance(answer, str) and answer:
-        head = prompt_ids(tokenizer, record["prompt"])
-        tail = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-        if record.get("finish", "stop") == "stop":
-            tail.append(tokenizer.eos_token_id)
+        head, tail = prompt_ids(tokenizer, record["prompt"]), _answer_ids(tokenizer, record)
         return head + tail, [IGNORE] * len(head) + tail
     if isinstance(text, str) and text.strip():
         ids = list(tokenizer(text)["input_ids"])
-        return ids, list(ids)
+        return ids, [IGNORE, *ids[1:]]  # nothing predicts a text's first token
     return None
+
+
+def _answer_ids(tokenizer: Any, record: dict[str, Any]) -> list[int]:
+    """An answer as the model emitted it, its own end token included, where the record has such `tokens`.
+
+    Else, or where they are another tokenizer's, the answer's text and the end token.
+    """
+    answer, tokens = record["answer"], record.get("tokens")
+    if tokens and tokenizer.decode(tokens, skip_special_tokens=True) == answer:
+        return list(tokens)
+    ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    whole = record.get("finish", "stop") == "stop" and tokenizer.eos_token_id is not None
+    return [*ids, tokenizer.eos_token_id] if whole else ids
 
 
 class PackedBlocks(Dataset):

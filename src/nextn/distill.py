@@ -28,7 +28,7 @@ def encoded(tokenizer: Any, records: list[dict[str, Any]], context: int) -> list
 def distill(
     engine: Engine, tokenizer: Any, prompts: list[Prompt], out: Path, max_new_tokens: int = 256
 ) -> Iterator[int]:
-    """Answer each prompt greedily and append its record, with `answer` and `finish`, to `out`.
+    """Answer each prompt greedily and append its record, with `answer`, its `tokens` and `finish`, to `out`.
 
     Yields:
         the number of tokens of each answer, once it is written.
@@ -37,7 +37,7 @@ def distill(
     with out.open("a", encoding="utf-8") as file:
         for place, result in engine.generate([prompts[index][1] for index in order], max_new_tokens):
             answer = tokenizer.decode(result.tokens, skip_special_tokens=True)
-            record = {**prompts[order[place]][0], "answer": answer, "finish": result.finish}
+            record = {**prompts[order[place]][0], "answer": answer, "finish": result.finish, "tokens": result.tokens}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             yield len(result.tokens)
@@ -66,10 +66,14 @@ def answered(out: Path) -> set[str]:
     if not out.exists():
         return set()
     text = out.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
-        out.write_bytes(whole)
-    return {record["prompt"] for record in read_jsonl(out)} if whole.strip() else set()
+    whole, last = text[: text.rfind(b"\n") + 1], text[text.rfind(b"\n") + 1 :]
+    if last:
+        try:
+            json.loads(last)
+            out.write_bytes(text + b"\n")
+        except ValueError:
+            out.write_bytes(whole)
+    return {record.get("prompt", "") for record in read_jsonl(out)} if out.read_bytes().strip() else set()
 
 
 def interleaved(prompts: list[dict[str, Any]], key: str = "category") -> list[dict[str, Any]]:

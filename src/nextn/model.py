@@ -52,6 +52,7 @@ class MultiTokenModel(PreTrainedModel):
         super().__init__(base.config)
         trunk = Trunk(base)
         self.base = base
+        self.loss_type = "ForCausalLM"  # tells Trainer that labels are shifted, so that it counts t+1 targets
         self.trunk = trunk
         self.multi_token = config
         self.heads = build_heads(config, trunk)
@@ -149,7 +150,12 @@ class MultiTokenModel(PreTrainedModel):
             rows: how many prompts are decoded side by side.
             heads: None for all heads, 1 for the plain model.
             stop_tokens: ids that end a text; default: the model's own end tokens.
+
+        Raises:
+            ValueError: for another number of heads.
         """
+        if heads not in (None, 1):
+            raise ValueError(f"heads is {heads}; give 1 for the plain model, or None for all heads.")
         drafter = None if heads == 1 else HeadDrafter(self.trunk, self.heads)
         return Engine(self.trunk, drafter, rows, end_tokens(self.base) if stop_tokens is None else stop_tokens)
 
@@ -199,7 +205,9 @@ class MultiTokenModel(PreTrainedModel):
         if streamer is not None:
             streamer.end()
         if pad_token_id is None:
-            pad_token_id = getattr(self.generation_config, "pad_token_id", None) or next(iter(end_tokens(self.base)), 0)
+            pad_token_id = getattr(self.generation_config, "pad_token_id", None)
+        if pad_token_id is None:
+            pad_token_id = next(iter(end_tokens(self.base)), 0)
         new = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(done[index].tokens, device=input_ids.device) for index in range(len(prompts))],
             batch_first=True,

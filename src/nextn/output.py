@@ -54,7 +54,7 @@ class TrimmedOutput(Output):
         # Before a text is seen: the lowest ids, which in byte-pair vocabularies are the most frequent.
         self.register_buffer("kept", torch.arange(size, dtype=torch.int32, device=trunk.device))
         self.vocab_size = trunk.vocab_size
-        self._rows: tuple[tuple[int, int], Tensor] | None = None
+        self._rows: tuple[tuple[int, int, int], Tensor] | None = None
 
     def keep(self, token_ids: Tensor) -> None:
         """Choose the subset: token ids [V'], distinct."""
@@ -70,9 +70,10 @@ class TrimmedOutput(Output):
     def _kept_rows(self, weight: Tensor) -> Tensor:
         if weight.requires_grad:
             return weight[self.kept.long()]
-        version = (weight.data_ptr(), weight._version)  # a frozen table is gathered once
+        version = (weight.data_ptr(), weight._version, self.kept._version)  # a frozen table is gathered once
         if self._rows is None or self._rows[0] != version:
-            self._rows = version, weight[self.kept.long()]
+            with torch.inference_mode(False), torch.no_grad():  # gathered while decoding, it must still serve training
+                self._rows = version, weight[self.kept.long()]
         return self._rows[1]
 
     def token_ids(self, index: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import transformers
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from nextn.config import MultiTokenConfig, OutputConfig
+from nextn.config import ConfigError, MultiTokenConfig, OutputConfig
 from nextn.data import PackedBlocks, load_examples
 from nextn.formats import FormatError, native
+from nextn.formats.bundled import sha256
 from nextn.model import MultiTokenModel, MultiTokenOutput, attach
 from nextn.output import TrimmedOutput, most_frequent
 
@@ -57,9 +59,17 @@ class Trainer(transformers.Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         directory = output_dir or str(self.args.output_dir)
         if self.model.multi_token.freeze_trunk:
-            native.save_heads(self.model, directory, tokenizer=self.processing_class)
+            native.save_heads(self.model, directory, base_hash=self._base_hash, tokenizer=self.processing_class)
         else:
             native.save(self.model, directory, self.processing_class)
+
+    @cached_property
+    def _base_hash(self) -> str:  # of a frozen base, for every checkpoint
+        return native.hash_of(self.model.base)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = model or self.model
@@ -108,7 +118,8 @@ class WithTrunkStates(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         block = self.blocks[index]
         if not self.done[index]:
-            batch = {name: block[name][None] for name in ("input_ids", "attention_mask", "position_ids")}
+            parts = ("input_ids", "attention_mask", "position_ids")
+            batch = {name: block[name][None].to(self.model.trunk.device) for name in parts}
             self.states[index] = self.model.trunk_states(**batch)[0]
             self.done[index] = 1
         return block | {"trunk_states": self.states[index]}
@@ -151,11 +162,14 @@ def attach_and_train(recipe: AttachRecipe, say: Callable[[str], None] = print) -
     The trunk runs in bfloat16, the heads are float32 and compute in bfloat16; they are stored in bfloat16.
     """
     config = recipe.config()
-    native.writable(recipe.out)
+    stated = _claimable(recipe)
     tokenizer = native.load_tokenizer(recipe.base)
     base = native.load_base(recipe.base, dtype=torch.bfloat16)
+    if recipe.length > base.config.max_position_embeddings:
+        raise ConfigError(
+            f"--length is {recipe.length}, but the base reads {base.config.max_position_embeddings} tokens."
+        )
     blocks = PackedBlocks(load_examples(recipe.data, tokenizer), recipe.length, tokenizer.pad_token_id or 0)
-    _claim(recipe)
     say(f"{blocks.trained_tokens:,} trained tokens in {len(blocks):,} blocks of {recipe.length}")
 
     transformers.set_seed(recipe.seed)
@@ -170,6 +184,9 @@ def attach_and_train(recipe: AttachRecipe, say: Callable[[str], None] = print) -
         model.heads.output.keep(kept)
         covered = (model.heads.output.targets(labels) >= 0).float().mean().item()
         say(f"drafts can name {len(kept):,} tokens, {covered:.1%} of the text")
+    if checkpoint:
+        say(f"going on from {checkpoint}")
+    (recipe.out / "recipe.json").write_text(stated)
     model.heads.float()
     dataset = _with_states(blocks, model, recipe, say)
 
@@ -205,20 +222,23 @@ def attach_and_train(recipe: AttachRecipe, say: Callable[[str], None] = print) -
     for leftover in recipe.out.glob("trunk_states.*"):
         leftover.unlink()
     say(f"heads saved in {recipe.out}")
-    return model
+    return model.eval()
 
 
-def _claim(recipe: AttachRecipe) -> None:
-    """Note the recipe in its output directory; a directory in which another recipe was trained is refused.
+def _claimable(recipe: AttachRecipe) -> str:
+    """The recipe as JSON, the data by name and sha256; a directory in which another one was trained is refused.
 
     Raises:
         FormatError: where going on from what is there would mix two trainings.
     """
-    path = recipe.out / "recipe.json"
-    stated = json.dumps({**asdict(recipe), "data": [str(data) for data in recipe.data], "out": "."}, indent=2) + "\n"
+    path = native.writable(recipe.out) / "recipe.json"
+    data = {str(file): sha256(file) for file in recipe.data if file.is_file()}
+    stated = json.dumps({**asdict(recipe), "data": data, "out": "."}, indent=2) + "\n"
     if path.exists() and path.read_text() != stated:
-        raise FormatError(f"{recipe.out} holds a training with other options ({path}); choose another --out.")
-    path.write_text(stated)
+        raise FormatError(
+            f"{recipe.out} holds a training with other options or other data ({path}); choose another --out."
+        )
+    return stated
 
 
 def _with_states(

@@ -71,8 +71,13 @@ class Trunk:
 
     @property
     def max_length(self) -> int:
-        """The context: how many positions the host was made for."""
-        return int(self.config.max_position_embeddings)
+        """The context: how many positions the host was made for.
+
+        With `longrope` (Phi-3), where its short factors end: past that it rotates all positions otherwise, and what
+        the cache holds would no longer be the plain model's.
+        """
+        ends = [rope["original_max_position_embeddings"] for rope in _ropes(self.config, "longrope")]
+        return int(min([self.config.max_position_embeddings, *ends]))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -198,7 +203,7 @@ def _grouped_attention(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[name]
+        os.environ.pop(name, None)
 
 
 def causal(
@@ -312,6 +317,13 @@ def _layer_types(config: Any) -> list[str]:
     return ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
 
 
+def _ropes(config: Any, rope_type: str) -> list[dict[str, Any]]:
+    """The rotary embeddings of a type that a config names, for all layers or by layer type."""
+    named = getattr(config, "rope_parameters", None) or {}
+    every = [named] if "rope_type" in named else [rope for rope in named.values() if isinstance(rope, dict)]
+    return [rope for rope in every if rope.get("rope_type") == rope_type]
+
+
 def _refuse_unfit(model: PreTrainedModel) -> None:
     """Refuse, in one sentence, what nextn cannot decode with or train heads on."""
     name = type(model).__name__
@@ -326,6 +338,11 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
     if strange or getattr(model, "_is_stateful", False):
         what = f"layers of type {', '.join(strange)}" if strange else "a recurrent state"
         raise HostError(f"{name} has {what}, which cannot be rolled back after a rejected draft; not supported yet.")
+    if _ropes(decoder.config, "dynamic"):
+        raise HostError(
+            f"{name} rotates positions by the longest row of a batch (dynamic RoPE), so its text depends on its batch; "
+            "not supported."
+        )
     missing = [part for part in ("layers", "norm", "rotary_emb", "embed_tokens") if not hasattr(decoder, part)]
     if missing:
         raise HostError(

@@ -8,7 +8,9 @@ import transformers as tf
 
 import nextn
 from conftest import COMMON, CONFIGS, KINDS, VOCAB, greedy_reference, make_host
-from nextn.trunk import HostError, Trunk, causal
+from nextn.heads import Window
+from nextn.model import as_text
+from nextn.trunk import HostError, RaggedCache, Trunk, causal
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -49,11 +51,65 @@ def test_heads_on_every_family(family, kind, tmp_path):
 
 def test_hosts_that_cannot_work_are_refused():
     recurrent = tf.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4)
-    with pytest.raises(HostError, match=r"cannot be rolled back|has no"):
+    with pytest.raises(HostError, match="cannot be rolled back"):
         nextn.attach(tf.AutoModelForCausalLM.from_config(recurrent), nextn.MultiTokenConfig())
     t5 = tf.T5Config(vocab_size=VOCAB, d_model=16, d_ff=16, d_kv=4, num_layers=1, num_heads=2)
     with pytest.raises(HostError, match="encoder-decoder"):
         nextn.attach(tf.T5ForConditionalGeneration(t5), nextn.MultiTokenConfig())
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(HostError, match="dynamic RoPE"):
+        nextn.attach(
+            tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**COMMON, rope_parameters=dynamic)),
+            nextn.MultiTokenConfig(),
+        )
     gemma2 = tf.Gemma2Config(**COMMON, head_dim=8, final_logit_softcapping=0.5)
     with pytest.raises(HostError, match="soft cap"):
         nextn.attach(tf.AutoModelForCausalLM.from_config(gemma2), nextn.MultiTokenConfig())
+
+
+def test_the_context_of_longrope_ends_with_its_short_factors():
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "factor": 2.0,
+    }
+    config = tf.Phi3Config(**COMMON, rope_parameters=rope, original_max_position_embeddings=64)
+    host = tf.AutoModelForCausalLM.from_config(config)
+    assert Trunk(host).max_length == 64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3"])
+def test_drafts_are_what_training_says_at_that_position(family, kind):
+    """Teacher-forced on its own drafts, each depth's best token at the newest state is the draft that was made.
+
+    This ties decoding (caches, chains, positions) to training (shifts, masks), on prompts beyond the window; nothing
+    that lies ahead of what a step may read can have a part in it, for the text ends with the drafts.
+    """
+    torch.manual_seed(4)
+    n = 4
+    model = nextn.attach(make_host(family), nextn.MultiTokenConfig(n=n, **KINDS[kind])).eval()
+    with torch.no_grad():  # a module that ignores its token would pass too much
+        for name, parameter in model.heads.named_parameters():
+            if "eh_proj" in name:
+                parameter.normal_(std=0.3)
+    trunk, heads = model.trunk, model.heads
+    for length in (3, 21):
+        prefix = torch.randint(3, VOCAB, (1, length))  # its last token is the pending one
+        positions = torch.arange(length - 1)[None]
+        with torch.no_grad():
+            _, tapped = trunk.run(prefix[:, :-1], positions, causal(positions, positions), tap=heads.tap)
+            window = Window(tapped, positions, prefix[:, 1:], torch.tensor([length - 2]))
+            caches = [RaggedCache(1, 1, 64) for _ in range(heads.cache_count)]
+            drafts = heads.draft(trunk, window, caches, None)
+            # A document before it and one after it in the same row: packing must change nothing.
+            before, after = torch.randint(3, VOCAB, (1, 5)), torch.randint(3, VOCAB, (1, 6))
+            ids = torch.cat([before, prefix, drafts, after], dim=1)
+            places = torch.cat([torch.arange(part.shape[1]) for part in (before, ids[:, 5:-6], after)])[None]
+            text = as_text(ids, None, places)
+            _, tapped = trunk.run(ids, places, text.visible(), tap=heads.tap)
+            states = heads(trunk, tapped, text)
+        forced = [int(heads.output(trunk, state[0, 5 + length - 2]).argmax()) for state in states]
+        assert forced == drafts[0].tolist()

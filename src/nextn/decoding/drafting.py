@@ -42,13 +42,14 @@ class HeadDrafter:
     def __init__(self, trunk: Trunk, heads: Heads) -> None:
         self.trunk, self.heads = trunk, heads
         self.drafts, self.tap = heads.n - 1, heads.tap
+        self.dtype = next(heads.parameters()).dtype  # while training: float32 heads on a bfloat16 trunk
 
     def begin(self, rows: int, capacity: int) -> None:
         # Entries of drafts stand up to n - 2 positions past the text.
         room = capacity + self.heads.n
         self.caches = [RaggedCache(1, rows, room) for _ in range(self.heads.cache_count)]
         back, width = self.heads.lookback, self.trunk.width
-        self.past_hidden = torch.zeros(rows, back, width, dtype=self.trunk.dtype, device=self.trunk.device)
+        self.past_hidden = torch.zeros(rows, back, width, dtype=self.dtype, device=self.trunk.device)
         self.past_following = torch.zeros(rows, back, dtype=torch.long, device=self.trunk.device)
 
     def propose(self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, rows: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ class HeadDrafter:
         past_positions = (positions[:, :1] + steps_back).clamp(min=-1)
         past_positions[positions[:, 0] < 0] = -1  # an idle row has no past either
         return Window(
-            hidden=torch.cat([self.past_hidden[rows], hidden], dim=1),
+            hidden=torch.cat([self.past_hidden[rows], hidden.to(self.dtype)], dim=1),
             positions=torch.cat([past_positions, positions], dim=1),
             following=torch.cat([self.past_following[rows], following], dim=1),
             last=last + back,

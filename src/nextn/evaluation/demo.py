@@ -49,7 +49,7 @@ def warm_up(model: MultiTokenModel, prompt: list[int]) -> None:
     host: Any = model.base
     for heads in (1, None):
         list(model.engine(heads=heads).generate([prompt], 8))
-    host.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
+    host.generate(torch.tensor([prompt], device=host.device), max_new_tokens=8, do_sample=False)
 
 
 def run_prompt(
@@ -70,11 +70,16 @@ def run_prompt(
         console.print()
     start = time.perf_counter()
     # All three are stopped by the same end tokens and the same length.
-    theirs = host.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False)
+    theirs = host.generate(torch.tensor([ids], device=host.device), max_new_tokens=new, do_sample=False)
     seconds["transformers"] = (
         (time.perf_counter() - start) * len(results["plain"].tokens) / (theirs.shape[1] - len(ids))
     )
     return Run(name, results["plain"], results["nextn"], seconds)
+
+
+def colour(origin: int) -> str:
+    """The colour of what draft `origin` proposed; 0 is the trunk itself."""
+    return COLOURS[0] if origin == 0 else COLOURS[1 + (origin - 1) % (len(COLOURS) - 1)]
 
 
 def colour_stream(tokenizer: PreTrainedTokenizerBase, console: Console) -> Callable[[int, list[int], list[int]], None]:
@@ -83,7 +88,7 @@ def colour_stream(tokenizer: PreTrainedTokenizerBase, console: Console) -> Calla
 
     def stream(_index: int, tokens: list[int], origins: list[int]) -> None:
         for token, origin in zip(tokens, origins, strict=True):
-            console.print(Text(text.push(token), style=COLOURS[origin % len(COLOURS)]), end="", soft_wrap=True)
+            console.print(Text(text.push(token), style=colour(origin)), end="", soft_wrap=True)
 
     return stream
 
@@ -95,7 +100,7 @@ def demo(
     n = model.multi_token.n
     legend = Text("tokens by who proposed them: trunk")
     for draft in range(1, n):
-        legend.append(f"  draft {draft}", style=COLOURS[draft])
+        legend.append(f"  draft {draft}", style=colour(draft))
     console.print(legend)
     warm_up(model, prompt_ids(tokenizer, "Hi"))
     runs = [run_prompt(model, tokenizer, name, max_new_tokens, console) for name in PROMPTS]
@@ -157,7 +162,7 @@ def table(runs: list[Run], checks: list[Check], report: dict[str, Any], n: int) 
         shares = zip(row["acceptance"]["conditional"], row["acceptance"]["cumulative"], strict=True)
         made.add_row(
             name,
-            f"{row['tau']:.2f}",
+            "–" if row["tau"] is None else f"{row['tau']:.2f}",
             *(" / ".join("–" if share is None else f"{share:.0%}" for share in pair) for pair in shares),
             *(f"{row['tokens_per_second'][way]:.1f}" for way in ("nextn", "plain", "transformers")),
             "identical" if row["identical"] else "differs",

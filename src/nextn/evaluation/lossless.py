@@ -132,7 +132,9 @@ def measure(
         plain[agreement(reference, prompt, ours, _decode(model, prompt, new_tokens, 1).tokens, bound)] += 1
         if theirs is not None:
             host: Any = model.base
-            text = host.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False)[0].tolist()
+            text = host.generate(
+                torch.tensor([prompt], device=trunk.device), max_new_tokens=new_tokens, do_sample=False
+            )[0].tolist()
             theirs[agreement(reference, prompt, ours, text[len(prompt) :], bound)] += 1
         advance()
     return {

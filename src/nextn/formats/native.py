@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -76,7 +76,7 @@ def save_heads(
         "format": FORMAT,
         "multi_token": model.multi_token.model_dump(),
         "base": {
-            "name": base_name or base.config._name_or_path,
+            "name": _lasting(base_name or base.config._name_or_path),
             "architecture": type(base).__name__,
             "hash": base_hash or hash_of(base),
             "tokenizer": None if tokenizer is None else hash_of_tokenizer(tokenizer),
@@ -87,6 +87,11 @@ def save_heads(
     temporary = extra / "config.json.part"
     temporary.write_text(json.dumps(description, indent=2) + "\n")
     os.replace(temporary, extra / "config.json")
+
+
+def _lasting(name: str) -> str:
+    """A directory's name from anywhere; the name of a model on the hub or of the bundled one as it is."""
+    return str(Path(name).resolve()) if name != BUNDLED and name and Path(name).is_dir() else name
 
 
 def writable(directory: str | Path) -> Path:
@@ -113,8 +118,7 @@ def hash_of(base: PreTrainedModel, directory: str | Path | None = None) -> str:
     """
     files = sorted(_weights_directory(base, directory).glob("*.safetensors"))
     digest = hashlib.sha256()
-    tensors = sorted(_stored(files), key=lambda item: item[0]) if files else _in_memory(base)
-    for name, tensor in tensors:
+    for name, tensor in _stored(files) if files else _in_memory(base):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return "sha256:" + digest.hexdigest()
@@ -137,8 +141,18 @@ def _weights_directory(base: PreTrainedModel, directory: str | Path | None) -> P
 
 
 def _stored(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    for file in files:
-        yield from load_file(file).items()
+    """The tensors of some safetensors files by name, one at a time in memory.
+
+    Raises:
+        FormatError: for a truncated file.
+    """
+    try:
+        opened = [safe_open(file, "pt") for file in files]
+        where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (no mapping)
+        for name in sorted(where):
+            yield name, where[name].get_tensor(name)
+    except SafetensorError as error:
+        raise FormatError(f"{files[0].parent}: the weights cannot be read ({error}); a file is truncated.") from None
 
 
 def _in_memory(base: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -194,7 +208,7 @@ def load_base(name: str, dtype: torch.dtype | None = None, **kwargs: Any) -> Pre
     """
     try:
         return AutoModelForCausalLM.from_pretrained(find(name), dtype=dtype or "auto", **kwargs)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise FormatError(f"The base model {name} cannot be opened: {_reason(error)}") from None
 
 
@@ -224,7 +238,8 @@ def describe(directory: str | Path) -> dict[str, Any]:
         raise FormatError(f"{directory} holds no heads (there is no {path}).")
     try:
         description = json.loads(path.read_text())
-        description["base"]["name"], description["multi_token"]["n"], description["format"]
+        description["multi_token"]["n"], description["format"]
+        [description["base"][key] for key in ("name", "architecture", "hash", "vocab_size", "hidden_size")]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise FormatError(f"{path} is not a description of heads; it is damaged or of another program.") from None
     if description["format"] != FORMAT:
@@ -314,12 +329,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def contents(directory: str | Path) -> dict[str, Any]:
     """What a directory holds: base, hash, heads, and parameters and bytes of each part of the heads."""
+    directory = _with_heads(directory)
     description = describe(directory)
     tensors = _read_tensors(Path(directory) / EXTRA / "heads.safetensors")
     parts: dict[str, dict[str, int]] = {}
-    plain = sorted(Path(directory).glob("*.safetensors"))
-    for part, found in [("plain model", _stored(plain))] if plain else []:
-        parts[part] = _size(tensor for _, tensor in found)
+    plain = sorted(directory.glob("*.safetensors"))
+    if plain:
+        parts["plain model"] = _size(tensor for _, tensor in _stored(plain))
     for part in sorted({_part(name) for name in tensors}):
         parts[part] = _size(tensor for name, tensor in tensors.items() if _part(name) == part)
     parts["all heads"] = _size(tensors.values())

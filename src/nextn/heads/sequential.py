@@ -47,7 +47,7 @@ class SequentialModule(nn.Module):
         return self.norm(trunk.run_layer(self.layer, self.eh_proj(fused), positions, visible, cache))
 
     @torch.no_grad()
-    def calibrate(self, trunk: Trunk, text: Text) -> None:
+    def calibrate(self, trunk: Trunk, text: Text, tap: str) -> None:
         """Fit eh_proj, in closed form, to the state that the host's last layer reads one position later.
 
         The module's layer starts as a copy of that last layer, so with a good eh_proj the module starts as the
@@ -60,6 +60,8 @@ class SequentialModule(nn.Module):
         moments = torch.zeros(width, trunk.width, dtype=torch.float64, device=weight.device)
         for part in text.split(rows=8):
             hidden, into_last = trunk.run(part.ids, part.positions, part.visible(), tap="before_last_layer")
+            if tap != "post_norm":
+                hidden = trunk.run(part.ids, part.positions, part.visible(), tap=tap)[1]
             next_in_document = (part.documents[:, 1:] == part.documents[:, :-1]) & (part.documents[:, 1:] >= 0)
             fused = self.fuse(trunk.embedding(part.ids).to(hidden.dtype)[:, 1:], hidden[:, :-1])
             inputs = fused[next_in_document].double()  # [N, 2D]
@@ -88,7 +90,7 @@ class DistinctHeads(Heads):
     def calibrate(self, trunk: Trunk, text: Text) -> None:
         for module in self.steps:
             assert isinstance(module, SequentialModule)
-            module.calibrate(trunk, text)
+            module.calibrate(trunk, text, self.tap)
 
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
         visible = text.visible()
@@ -126,7 +128,7 @@ class RecurrentHeads(Heads):
         self.step = SequentialModule(trunk)
 
     def calibrate(self, trunk: Trunk, text: Text) -> None:
-        self.step.calibrate(trunk, text)
+        self.step.calibrate(trunk, text, self.tap)
 
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
         states, state = [], hidden
