@@ -126,7 +126,7 @@ def bad_inputs(tiny_base: Path, heads: Path, data: Path, tmp: Path) -> dict[str,
     (tmp / "nothing.jsonl").write_text('{"text": "  "}\n')
     (tmp / "prompts.jsonl").write_text('{"prompt": "cat"}\n')
     (tmp / "file").write_text("")
-    attach = ["attach", tiny_base, "--data", data, "--out", tmp / "out"]
+    attach = ["attach", tiny_base, "--data", data, "--out", tmp / "out", *OPTIONS]
     return {
         "no such model": (["generate", tmp / "nowhere", "hi", "--heads", 1], "nowhere"),
         "truncated model": (["generate", truncated, "hi", "--heads", 1], "cannot be opened"),
@@ -134,13 +134,22 @@ def bad_inputs(tiny_base: Path, heads: Path, data: Path, tmp: Path) -> dict[str,
         "three heads": (["generate", heads, "hi", "--heads", 3], "--heads is 3"),
         "empty prompt": (["generate", heads, " "], "empty"),
         "long prompt": (["generate", heads, "a" * 128], "context is 128"),
-        "not JSON": (["attach", tiny_base, "--data", tmp / "words.jsonl", "--out", tmp / "out"], "line 1, is not JSON"),
-        "no text": (["attach", tiny_base, "--data", tmp / "nothing.jsonl", "--out", tmp / "out"], "no usable text"),
-        "no file": (["attach", tiny_base, "--data", tmp / "none.jsonl", "--out", tmp / "out"], "no data file"),
+        "not JSON": (
+            ["attach", tiny_base, "--data", tmp / "words.jsonl", "--out", tmp / "out", *OPTIONS],
+            "line 1, is not JSON",
+        ),
+        "no text": (
+            ["attach", tiny_base, "--data", tmp / "nothing.jsonl", "--out", tmp / "out", *OPTIONS],
+            "no usable text",
+        ),
+        "no file": (
+            ["attach", tiny_base, "--data", tmp / "none.jsonl", "--out", tmp / "out", *OPTIONS],
+            "no data file",
+        ),
         "n = 1": ([*attach, "--n", 1], "at least 2"),
         "vocabulary": ([*attach, "--vocabulary", 65], "vocabulary has 64"),
         "length": ([*attach, "--length", 129], "reads 128 tokens"),
-        "out": (["attach", tiny_base, "--data", data, "--out", tmp / "file" / "out"], "cannot be written"),
+        "out": (["attach", tiny_base, "--data", data, "--out", tmp / "file" / "out", *OPTIONS], "cannot be written"),
         "distill out": (
             ["distill", tiny_base, "--prompts", tmp / "prompts.jsonl", "--out", tmp / "file" / "out" / "a.jsonl"],
             "cannot be written",
