@@ -29,7 +29,7 @@ def main(
     prompts: Annotated[Path, typer.Option(help="JSON lines with `prompt` and `category`; taken from each in turn.")],
     heads: Annotated[list[str] | None, typer.Option(help="Directories with heads; repeatable.")] = None,
     count: Annotated[int, typer.Option(help="How many prompts.")] = 24,
-    new_tokens: Annotated[int, typer.Option(help="Tokens a prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens a prompt.")] = 48,
     out: Annotated[Path | None, typer.Option(help="Write the figures there as JSON.")] = None,
 ) -> None:
     records = interleaved(read_prompts(prompts))[:count]

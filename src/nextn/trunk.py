@@ -276,14 +276,16 @@ class RaggedCache(Cache):
 
     def __init__(self, layers: int, rows: int, capacity: int) -> None:
         super().__init__(layers=[_Buffer(rows, capacity + 1) for _ in range(layers)])
-        self.capacity = capacity
+        self.rows, self.capacity = rows, capacity
         self._rows: Tensor | None = None
+        self._at = torch.empty(0)
         self._slots = torch.empty(0)
         self._seen = 0
 
     def place(self, positions: Tensor, rows: Tensor | None = None) -> VisibleFn:
         """Say where the next forward writes: positions [B, T], rows [B] (None: all). Returns who sees what."""
         self._rows = rows
+        self._at = (torch.arange(self.rows, device=positions.device) if rows is None else rows)[:, None]
         self._slots = torch.where(positions < 0, self.capacity, positions)
         # Attention over the slots in use, rounded up so that shapes repeat.
         self._seen = min(self.capacity, (int(positions.max().clamp(min=0)) // 64 + 1) * 64)
@@ -298,11 +300,9 @@ class RaggedCache(Cache):
         return self._write(layer.keys, key_states), self._write(layer.values, value_states)
 
     def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
-        rows = self._rows
-        at = torch.arange(buffer.shape[0], device=buffer.device) if rows is None else rows
-        buffer[at[:, None], :, self._slots] = states.transpose(1, 2)  # [B, H, T, Dk] -> [B, T, H, Dk]
+        buffer[self._at, :, self._slots] = states.transpose(1, 2)  # [B, H, T, Dk] -> [B, T, H, Dk]
         used = buffer[:, :, : self._seen]
-        return used if rows is None else used[rows]
+        return used if self._rows is None else used[self._rows]
 
 
 # --- what a host must have ----------------------------------------------------------------------------------------

@@ -49,8 +49,8 @@ def test_the_demo_writes_what_it_says(tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_four_real_prompts_sequential(shipped, real_prompts):
-    found = measure(shipped, real_prompts[:24], 64)
+def test_twenty_real_prompts_sequential(shipped, real_prompts):
+    found = measure(shipped, real_prompts[:20], 24)
     print(found)
     assert found["unexplained"] == 0 and "differs" not in found["plain"]
     assert found["transformers"] is None or "differs" not in found["transformers"]
@@ -58,8 +58,8 @@ def test_twenty_four_real_prompts_sequential(shipped, real_prompts):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_twenty_four_real_prompts_parallel(parallel_heads, real_prompts, dtype):
-    found = measure(nextn.load(parallel_heads, dtype=dtype), real_prompts[:24], 64)
+def test_twenty_real_prompts_parallel(parallel_heads, real_prompts, dtype):
+    found = measure(nextn.load(parallel_heads, dtype=dtype), real_prompts[:20], 24)
     print(found)
     assert found["tau"] > 1.05, "the heads are trained"
     assert found["unexplained"] == 0 and "differs" not in found["plain"]
