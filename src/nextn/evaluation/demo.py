@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -18,7 +19,7 @@ from nextn.data import TextStream, prompt_ids
 from nextn.decoding.engine import Generation
 from nextn.evaluation.acceptance import DEFINITIONS, Acceptance
 from nextn.evaluation.lossless import Check, check, float32_twin, near_tie_bound
-from nextn.evaluation.report import acceptance_json, machine
+from nextn.evaluation.report import acceptance_json, machine, percent
 from nextn.model import MultiTokenModel
 
 PROMPTS = {
@@ -114,7 +115,8 @@ def demo(
             checks.append(check(reference, [run.heads], bound))
             bar.advance(task)
     report = figures(runs, checks, n)
-    console.print(table(runs, checks, report, n))
+    console.print(acceptance_table(report))
+    console.print(speed_table(report))
     console.print(f"[dim]{DEFINITIONS}\n{conditions(model, bound)}[/dim]", highlight=False)
     return report | {"machine": machine()}
 
@@ -142,33 +144,27 @@ def _figures(runs: list[Run], checks: list[Check], n: int) -> dict[str, Any]:
     }
 
 
-def table(runs: list[Run], checks: list[Check], report: dict[str, Any], n: int) -> Table:
-    """The closing table: a row a prompt and one for all."""
-    made = Table(title="with heads, beside the model alone", title_justify="left")
-    made.add_column("prompt")
-    drafts = range(1, n)
-    for column in (
-        "τ",
-        *(f"draft {draft}\ncond. / cum." for draft in drafts),
-        "nextn\ntok/s",
-        "plain\ntok/s",
-        "transformers\ntok/s",
-        "text",
-        "near ties",
-        "unexplained",
-    ):
-        made.add_column(column, justify="right")
+def acceptance_table(report: dict[str, Any]) -> Table:
+    """τ and acceptance by draft, a row a prompt and one for all."""
+    made = Table(title="acceptance by draft (1 … n - 1)", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("prompt", "τ", "conditional", "cumulative"):
+        made.add_column(column, justify="left" if column == "prompt" else "right")
     for name, row in [*report["by_prompt"].items(), ("all", report)]:
-        shares = zip(row["acceptance"]["conditional"], row["acceptance"]["cumulative"], strict=True)
-        made.add_row(
-            name,
-            "–" if row["tau"] is None else f"{row['tau']:.2f}",
-            *(" / ".join("–" if share is None else f"{share:.0%}" for share in pair) for pair in shares),
-            *(f"{row['tokens_per_second'][way]:.1f}" for way in ("nextn", "plain", "transformers")),
-            "identical" if row["identical"] else "differs",
-            str(row["near_ties"]),
-            str(row["unexplained"]),
-        )
+        tau = "–" if row["tau"] is None else f"{row['tau']:.2f}"
+        made.add_row(name, tau, *(percent(row["acceptance"][kind]) for kind in ("conditional", "cumulative")))
+    return made
+
+
+def speed_table(report: dict[str, Any]) -> Table:
+    """Tokens per second of the three ways, and whether the text holds."""
+    title = "tokens per second, and the text with heads beside the plain one"
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for column in ("prompt", "nextn", "plain", "transformers", "text", "near ties", "unexplained"):
+        made.add_column(column, justify="left" if column in ("prompt", "text") else "right")
+    for name, row in [*report["by_prompt"].items(), ("all", report)]:
+        same = "identical" if row["identical"] else "differs" if row["unexplained"] else "near ties"
+        speeds = (f"{row['tokens_per_second'][way]:.1f}" for way in ("nextn", "plain", "transformers"))
+        made.add_row(name, *speeds, same, str(row["near_ties"]), str(row["unexplained"]))
     return made
 
 
@@ -177,6 +173,7 @@ def conditions(model: MultiTokenModel, bound: float) -> str:
     here = machine()
     dtype = str(model.trunk.dtype).removeprefix("torch.")
     return (
-        f"{here['accelerator'] or here['processor']}, {here['threads']} threads, {dtype}, batch 1, one run; near ties "
-        f"are tokens within {bound:.3g} logits of the float32 argmax."
+        f"{here['accelerator'] or here['processor']}, {here['threads']} threads, {dtype}, batch 1, one run. Near "
+        f"ties are tokens within {bound:.3g} logits of the best one of a float32 pass, one token a step: there the "
+        "width of a pass decides, and from there on the texts differ. In float32 they are rare (--dtype float32)."
     )
