@@ -18,9 +18,9 @@ from nextn.formats.native import load_tokenizer
 
 
 def main(picture: Path, figures: Path = Path("benchmarks/results/demo.json"), max_new_tokens: int = 64) -> None:
-    console = Console(record=True, width=132)
+    console = Console(record=True, width=100)
     report = demo(nextn.load(NAME, dtype=best_dtype()), load_tokenizer(str(bundled_model())), console, max_new_tokens)
-    console.save_svg(str(picture), title="make demo")
+    console.save_svg(str(picture), title=f"nextn demo --max-new-tokens {max_new_tokens}")
     figures.write_text(json.dumps(report, indent=2) + "\n")
 
 

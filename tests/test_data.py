@@ -53,7 +53,8 @@ def test_answers_are_trained_on_and_prompts_are_not():
     assert labels == [IGNORE, *ids[1:]], "nothing predicts a text's first token"
     exact = {"prompt": "ab", "answer": "cd", "tokens": [*tokenizer("cd")["input_ids"], 1], "finish": "stop"}
     assert example(tokenizer, exact)[0][-1] == 1, "the end token that the model emitted, not the tokenizer's"
-    assert example(tokenizer, exact | {"tokens": [9, 9]})[0][-1] == 2, "ids of another tokenizer are made anew"
+    for other in ([9, 9], [64], [-1], 57, "cd", None, []):  # another tokenizer's, or no ids at all
+        assert example(tokenizer, exact | {"tokens": other})[0][-1] == 2
     assert example(tokenizer, {"text": "  "}) is None
     assert example(tokenizer, {"prompt": "ab", "answer": ""}) is None
 

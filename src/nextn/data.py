@@ -92,7 +92,8 @@ class TextStream:
 def example(tokenizer: Any, record: dict[str, Any]) -> tuple[list[int], list[int]] | None:
     """One record as (ids, labels); None where it holds no usable text.
 
-    `{"prompt", "answer"}` trains on the answer only, its end token included unless `finish` says that it was cut;
+    `{"prompt", "answer"}` trains on the answer only, its end token included unless `finish` says that it was cut
+    (`tokens`, where `distill` wrote them, are the answer as it was emitted);
     `{"text"}` trains on all of it.
     """
     answer, text = record.get("answer"), record.get("text")
@@ -110,8 +111,10 @@ def _answer_ids(tokenizer: Any, record: dict[str, Any]) -> list[int]:
 
     Else, or where they are another tokenizer's, the answer's text and the end token.
     """
-    answer, tokens = record["answer"], record.get("tokens")
-    if tokens and tokenizer.decode(tokens, skip_special_tokens=True) == answer:
+    answer: str = record["answer"]
+    tokens: Any = record.get("tokens")
+    known = isinstance(tokens, list) and all(isinstance(id, int) and 0 <= id < len(tokenizer) for id in tokens)
+    if known and tokenizer.decode(tokens, skip_special_tokens=True) == answer:
         return list(tokens)
     ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     whole = record.get("finish", "stop") == "stop" and tokenizer.eos_token_id is not None

@@ -7,6 +7,7 @@ they come: the same command goes on where it was killed.
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import chain, zip_longest
@@ -66,14 +67,15 @@ def answered(out: Path) -> set[str]:
     if not out.exists():
         return set()
     text = out.read_bytes()
-    whole, last = text[: text.rfind(b"\n") + 1], text[text.rfind(b"\n") + 1 :]
-    if last:
+    end = text.rfind(b"\n") + 1
+    if text[end:]:
         try:
-            json.loads(last)
-            out.write_bytes(text + b"\n")
+            json.loads(text[end:])
+            with out.open("ab") as file:
+                file.write(b"\n")
         except ValueError:
-            out.write_bytes(whole)
-    return {record.get("prompt", "") for record in read_jsonl(out)} if out.read_bytes().strip() else set()
+            os.truncate(out, end)
+    return {record.get("prompt", "") for record in read_jsonl(out)} if out.stat().st_size else set()
 
 
 def interleaved(prompts: list[dict[str, Any]], key: str = "category") -> list[dict[str, Any]]:

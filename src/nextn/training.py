@@ -21,6 +21,7 @@ from nextn.formats import FormatError, native
 from nextn.formats.bundled import sha256
 from nextn.model import MultiTokenModel, MultiTokenOutput, attach
 from nextn.output import TrimmedOutput, most_frequent
+from nextn.trunk import Trunk
 
 
 class Trainer(transformers.Trainer):
@@ -165,10 +166,8 @@ def attach_and_train(recipe: AttachRecipe, say: Callable[[str], None] = print) -
     stated = _claimable(recipe)
     tokenizer = native.load_tokenizer(recipe.base)
     base = native.load_base(recipe.base, dtype=torch.bfloat16)
-    if recipe.length > base.config.max_position_embeddings:
-        raise ConfigError(
-            f"--length is {recipe.length}, but the base reads {base.config.max_position_embeddings} tokens."
-        )
+    if recipe.length > (context := Trunk(base).max_length):
+        raise ConfigError(f"--length is {recipe.length}, but the base reads {context} tokens.")
     blocks = PackedBlocks(load_examples(recipe.data, tokenizer), recipe.length, tokenizer.pad_token_id or 0)
     say(f"{blocks.trained_tokens:,} trained tokens in {len(blocks):,} blocks of {recipe.length}")
 

@@ -60,7 +60,9 @@ class SequentialModule(nn.Module):
         moments = torch.zeros(width, trunk.width, dtype=torch.float64, device=weight.device)
         for part in text.split(rows=8):
             hidden, into_last = trunk.run(part.ids, part.positions, part.visible(), tap="before_last_layer")
-            if tap != "post_norm":
+            if tap == "before_last_layer":
+                hidden = into_last
+            elif tap != "post_norm":
                 hidden = trunk.run(part.ids, part.positions, part.visible(), tap=tap)[1]
             next_in_document = (part.documents[:, 1:] == part.documents[:, :-1]) & (part.documents[:, 1:] >= 0)
             fused = self.fuse(trunk.embedding(part.ids).to(hidden.dtype)[:, 1:], hidden[:, :-1])
