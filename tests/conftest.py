@@ -6,12 +6,16 @@ import copy
 import string
 from pathlib import Path
 
+import hypothesis
 import pytest
 import tokenizers
 import torch
 import transformers as tf
 
 import nextn
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("untimed")
 
 VOCAB = 64
 COMMON = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import VOCAB, make_host
@@ -15,7 +15,6 @@ from nextn.trunk import Trunk
 TRUNK = Trunk(make_host("llama"))
 
 
-@settings(deadline=None)
 @given(st.sets(st.integers(0, VOCAB - 1), min_size=1))
 def test_trimmed_logits_are_rows_of_the_full_ones(kept):
     output = build_output(OutputConfig(kind="trimmed", size=len(kept)), TRUNK)

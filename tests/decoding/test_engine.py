@@ -140,7 +140,7 @@ class Recorder(HeadDrafter):
         return handed
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(pattern=st.lists(st.integers(0, 3), min_size=12, max_size=12))
 def test_drafts_after_any_acceptance_equal_those_from_scratch(trained_model, pattern):
     prompt = [5, 6, 7, 9, 10, 11, 12]
