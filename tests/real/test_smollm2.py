@@ -1,19 +1,67 @@
-"""The bundled model with its shipped heads: quick checks for every run, the whole comparison marked slow."""
+"""The bundled model (fetched once, then cached) with its shipped heads: quick checks for every run, the whole
+comparison on real prompts marked slow."""
 
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
 import nextn
 from nextn.cli import app
-from nextn.data import prompt_ids
+from nextn.data import prompt_ids, read_prompts
+from nextn.distill import interleaved
 from nextn.evaluation.lossless import measure
-from nextn.formats.bundled import NAME, shipped_heads
-from nextn.formats.native import contents
+from nextn.formats.bundled import NAME, bundled_model, shipped_heads
+from nextn.formats.native import contents, load_base, load_tokenizer
+from nextn.training import AttachRecipe, attach_and_train
+
+# Real prompts and answers lie beside the repository, or where NEXTN_DATA says; tests that need them skip without.
+DATA = Path(os.environ.get("NEXTN_DATA") or Path(__file__).parents[3] / "shared" / "data")
+
+
+@pytest.fixture(scope="session")
+def directory() -> str:
+    return str(bundled_model())
+
+
+@pytest.fixture(scope="session")
+def tokenizer(directory) -> transformers.PreTrainedTokenizerBase:
+    return load_tokenizer(directory)
+
+
+@pytest.fixture(scope="session", params=["float32", "bfloat16"])
+def shipped(request, directory) -> nextn.MultiTokenModel:
+    """The bundled model with the heads that ship for it."""
+    return nextn.load(shipped_heads(), base=load_base(directory, getattr(torch, request.param)))
+
+
+@pytest.fixture(scope="session")
+def real_prompts(tokenizer) -> list[list[int]]:
+    """Prompts of the benchmark, from each category in turn."""
+    path = DATA / "prompts_bench.jsonl"
+    if not path.is_file():
+        pytest.skip(f"there are no benchmark prompts at {path}")
+    return [prompt_ids(tokenizer, record["prompt"]) for record in interleaved(read_prompts(path))]
+
+
+@pytest.fixture(scope="session")
+def parallel_heads(tmp_path_factory) -> Path:
+    """Parallel heads for the bundled model, trained briefly on its own answers."""
+    answers = DATA / "answers_smollm2.jsonl"
+    if not answers.is_file():
+        pytest.skip(f"there are no answers to train on at {answers}")
+    few = tmp_path_factory.mktemp("answers") / "few.jsonl"
+    few.write_text("".join(answers.read_text().splitlines(keepends=True)[::8]))
+    out = tmp_path_factory.mktemp("parallel")
+    attach_and_train(AttachRecipe(base=NAME, data=[few], out=out, heads="parallel", epochs=1, learning_rate=5e-4))
+    return out
+
 
 QUESTIONS = ("What is the capital of France?", "Write a Python function that adds two numbers.")
 
