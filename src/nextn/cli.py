@@ -165,7 +165,7 @@ def info(
     for part, size in found["parts"].items():
         table.add_row(part, f"{size['parameters']:,}", f"{size['bytes']:,}")
     for key in ("base", "hash", "heads", "n", "output", "tap"):
-        console.print(f"{key:>8}  {found[key]}", highlight=False)
+        console.print(f"{key:>8}  {found[key]}", highlight=False, soft_wrap=True)
     console.print(table)
 
 
