@@ -121,9 +121,10 @@ def demo(
     report = figures(runs, checks, texts, n)
     console.print(acceptance_table(report))
     console.print(speed_table(report))
-    console.print(f"[dim]{DEFINITIONS}\n{conditions(model, bound)}[/dim]", highlight=False)
     dtype = str(model.trunk.dtype).removeprefix("torch.")
-    return report | {"new_tokens": max_new_tokens, "dtype": dtype, "near_tie_bound": bound, "machine": machine()}
+    report |= {"new_tokens": max_new_tokens, "dtype": dtype, "near_tie_bound": bound, "machine": machine()}
+    console.print(f"[dim]{DEFINITIONS}\n{conditions(report)}[/dim]", highlight=False)
+    return report
 
 
 def figures(runs: list[Run], checks: list[Check], texts: list[str], n: int) -> dict[str, Any]:
@@ -175,12 +176,12 @@ def speed_table(report: dict[str, Any]) -> Table:
     return made
 
 
-def conditions(model: MultiTokenModel, bound: float) -> str:
+def conditions(report: dict[str, Any]) -> str:
     """Where and how the figures came about, in one line."""
-    here = machine()
-    dtype = str(model.trunk.dtype).removeprefix("torch.")
+    here = report["machine"]
     return (
-        f"{here['accelerator'] or here['processor']}, {here['threads']} threads, {dtype}, batch 1, one run. Near "
-        f"ties are tokens within {bound:.3g} logits of the best one of a float32 pass, one token a step: there the "
-        "width of a pass decides, and the texts may part. In float32 they are rare (--dtype float32)."
+        f"{here['accelerator'] or here['processor']}, {here['threads']} threads, {report['dtype']}, batch 1, one run. "
+        f"Near ties are tokens within {report['near_tie_bound']:.3g} logits of the best one of a float32 pass, one "
+        "token a step: there the width of a pass decides, and the texts may part. In float32 they are rare "
+        "(--dtype float32)."
     )

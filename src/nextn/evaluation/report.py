@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from nextn.evaluation.acceptance import Acceptance
+from nextn.formats.bundled import best_dtype
 
 
 def machine() -> dict[str, Any]:
@@ -20,7 +21,7 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "bfloat16": "native" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated",
+        "bfloat16": "native" if best_dtype() == torch.bfloat16 else "emulated",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
