@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nextn.config import MultiTokenConfig
-from nextn.output import Output, build_output
+from nextn.output import Output, best, build_output
 from nextn.trunk import RaggedCache, Trunk, VisibleFn, causal
 
 
@@ -82,4 +82,4 @@ class Heads(nn.Module, ABC):
 
     def _pick(self, trunk: Trunk, state: Tensor) -> Tensor:
         """The best token [B] for states [B, D]."""
-        return self.output.token_ids(self.output(trunk, state).argmax(dim=-1))
+        return self.output.token_ids(best(self.output(trunk, state)))
