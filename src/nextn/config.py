@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -120,3 +122,9 @@ def _readable(error: ValidationError) -> str:
             message = f"must be at least 2 (the next token and one more), not {problem['input']}"
         problems.append(f"{where}: {message}" if where else message)
     return "The multi-token config is not usable: " + "; ".join(problems) + "."
+
+
+def cache_directory() -> Path:
+    """Where nextn keeps what it fetched and compiled: $NEXTN_CACHE, else nextn in the user's cache directory."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("NEXTN_CACHE") or Path(home) / "nextn")

@@ -68,7 +68,7 @@ class TrimmedOutput(Output):
         return F.linear(states.to(rows.dtype), rows)
 
     def _kept_rows(self, weight: Tensor) -> Tensor:
-        if weight.requires_grad:
+        if weight.requires_grad or torch.compiler.is_exporting():
             return weight[self.kept.long()]
         version = (weight.data_ptr(), weight._version, self.kept._version)  # a frozen table is gathered once
         if self._rows is None or self._rows[0] != version:

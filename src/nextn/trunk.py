@@ -200,9 +200,9 @@ def _grouped_sdpa(
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention in which a group of query heads shares keys, without a copy of them for each head.
 
-    With a mask, transformers copies: on a CPU 28.7 ms a layer against 1.8 (64 rows, 768 keys, 9 query heads on 3). A few
-    queries are folded into the rows of their group's head, [B, H, T, D] -> [B, H', groups·T, D], so that keys are read
-    once a group: 23 us against 40 (4 queries, 256 keys; bfloat16, 2 cores).
+    With a mask, transformers copies: on a CPU 28.7 ms a layer against 1.8 (64 rows, 768 keys, 9 query heads on 3). A
+    few queries are folded into the rows of their group's head, [B, H, T, D] -> [B, H', groups·T, D], so that keys are
+    read once a group: 23 us against 40 (4 queries, 256 keys; bfloat16, 2 cores).
     """
     (rows, heads, length, _), shared = query.shape, key.shape[1]
     groups = heads // shared
@@ -213,7 +213,13 @@ def _grouped_sdpa(
     elif groups > 1 and query.device.type == "cuda":  # whose fast kernels take no mask with shared keys
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     output = F.scaled_dot_product_attention(
-        query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=groups > 1 and query.shape[1] > key.shape[1]
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout,
+        scale=scaling,
+        enable_gqa=groups > 1 and query.shape[1] > key.shape[1],
     )
     return output.reshape(rows, heads, length, value.shape[3]).transpose(1, 2).contiguous(), None
 
@@ -268,7 +274,10 @@ class _Buffer(CacheLayerMixin):
         def empty(states: Tensor) -> Tensor:  # MLA: keys and values differ in their last dimension
             return states.new_zeros(self.rows, states.shape[1], self.slots, states.shape[3])
 
-        self.keys, self.values = empty(key_states), empty(value_states)
+        self.hold(empty(key_states), empty(value_states))
+
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -313,7 +322,8 @@ class RaggedCache(Cache):
     @property
     def buffers(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values by layer; they exist once something was written."""
-        return [(layer.keys, layer.values) for layer in self.layers]
+        layers: list[Any] = self.layers
+        return [(layer.keys, layer.values) for layer in layers]
 
     @classmethod
     def over(cls, buffers: list[tuple[Tensor, Tensor]], seen: Tensor) -> RaggedCache:
@@ -321,8 +331,9 @@ class RaggedCache(Cache):
         keys = buffers[0][0]
         cache = cls(len(buffers), keys.shape[0], keys.shape[2] - 1)
         cache.seen = seen
-        for layer, (layer.keys, layer.values) in zip(cache.layers, buffers, strict=True):
-            layer.is_initialized = True
+        layers: list[Any] = cache.layers
+        for layer, pair in zip(layers, buffers, strict=True):
+            layer.hold(*pair)
         return cache
 
     def place(self, positions: Tensor, rows: Tensor | None = None) -> VisibleFn:
@@ -330,7 +341,9 @@ class RaggedCache(Cache):
         self._rows = rows
         self._at = (torch.arange(self.rows, device=positions.device) if rows is None else rows)[:, None]
         self._slots = torch.where(positions < 0, self.capacity, positions)
-        seen = torch.arange(self.reach(int(positions.max())), device=positions.device) if self.seen is None else self.seen
+        seen = (
+            torch.arange(self.reach(int(positions.max())), device=positions.device) if self.seen is None else self.seen
+        )
         self._width = seen.shape[0]
         return causal(positions, seen[None])
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nextn.heads.base import Heads, Window
 from nextn.trunk import RaggedCache, Trunk
@@ -43,6 +44,9 @@ class HeadDrafter:
         self.trunk, self.heads = trunk, heads
         self.drafts, self.tap = heads.n - 1, heads.tap
         self.dtype = next(heads.parameters()).dtype  # while training: float32 heads on a bfloat16 trunk
+        self.compiled: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = (
+            None  # what `Draft` computes, for one step of all rows
+        )
 
     def begin(self, rows: int, capacity: int) -> None:
         # Entries of drafts stand up to n - 2 positions past the text.
@@ -53,26 +57,84 @@ class HeadDrafter:
         self.past_following = torch.zeros(rows, back, dtype=torch.long, device=self.trunk.device)
 
     def propose(self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, rows: Tensor) -> Tensor:
-        window = self._with_past(hidden, positions, following, last, rows)
-        drafts = self.heads.draft(self.trunk, window, self.caches, rows if len(rows) < len(self.past_hidden) else None)
-        self._keep_past(window, rows)
+        if self.compiled and hidden.shape[:2] == (len(self.past_hidden), self.heads.n):
+            drafts, self.past_hidden, self.past_following = self.compiled(
+                *self.step_inputs(hidden, positions, following, last)
+            )
+            return drafts
+        some = rows if len(rows) < len(self.past_hidden) else None
+        past = self.past_hidden[rows], self.past_following[rows]
+        window = with_past(*past, hidden.to(self.dtype), positions, following, last)
+        drafts = self.heads.draft(self.trunk, window, self.caches, some)
+        self.past_hidden[rows], self.past_following[rows] = newest_past(window, self.heads.lookback)
         return drafts
 
-    def _with_past(self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, rows: Tensor) -> Window:
-        back = self.heads.lookback
-        steps_back = torch.arange(-back, 0, device=positions.device)
-        past_positions = (positions[:, :1] + steps_back).clamp(min=-1)
-        past_positions[positions[:, 0] < 0] = -1  # an idle row has no past either
-        return Window(
-            hidden=torch.cat([self.past_hidden[rows], hidden.to(self.dtype)], dim=1),
-            positions=torch.cat([past_positions, positions], dim=1),
-            following=torch.cat([self.past_following[rows], following], dim=1),
-            last=last + back,
-        )
+    def step_inputs(self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor) -> tuple:
+        """What `Draft` takes for a step of all rows."""
+        reach = self.caches[0].reach(int(positions.max()) + self.heads.n - 2)
+        seen = torch.arange(reach, device=positions.device)
+        buffers = [pair for cache in self.caches for pair in cache.buffers]
+        return hidden, positions, following, last, self.past_hidden, self.past_following, seen, buffers
 
-    def _keep_past(self, window: Window, rows: Tensor) -> None:
-        back = self.heads.lookback
-        kept = window.last[:, None] + torch.arange(1 - back, 1, device=rows.device)  # the newest, [B, back]
-        batch = torch.arange(len(rows), device=rows.device)[:, None]
-        self.past_hidden[rows] = window.hidden[batch, kept]
-        self.past_following[rows] = window.following[batch, kept]
+
+class Draft(nn.Module):
+    """One round of drafts for all rows.
+
+    A function of tensors alone, so that it can be compiled: the caches are handed in, and written in place.
+    """
+
+    def __init__(self, trunk: Trunk, heads: Heads) -> None:
+        super().__init__()
+        self.heads = heads
+        # Whoever exports this module must find in it all weights that heads ask the trunk for.
+        self.asked = nn.ModuleList([trunk.embedding, trunk.unembedding, trunk.norm, trunk.decoder.rotary_emb])
+        self.trunk, self.dtype = trunk, next(heads.parameters()).dtype
+
+    def forward(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        following: Tensor,
+        last: Tensor,
+        past_hidden: Tensor,
+        past_following: Tensor,
+        seen: Tensor,
+        buffers: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Drafter.propose`, with what the drafter keeps handed in.
+
+        Args:
+            past_hidden: states to look back on [B, back, D].
+            past_following: the tokens after them [B, back].
+            seen: the positions that attention reads, 0 … S-1 [S].
+            buffers: keys and values by cache.
+
+        Returns:
+            drafts [B, n-1], the new past_hidden and the new past_following.
+        """
+        window = with_past(past_hidden, past_following, hidden.to(self.dtype), positions, following, last)
+        caches = [RaggedCache.over([pair], seen) for pair in buffers]
+        return self.heads.draft(self.trunk, window, caches, None), *newest_past(window, self.heads.lookback)
+
+
+def with_past(
+    past_hidden: Tensor, past_following: Tensor, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor
+) -> Window:
+    """The window of heads that look back: kept states before the new ones."""
+    back = past_hidden.shape[1]
+    steps_back = torch.arange(-back, 0, device=positions.device)
+    # An idle row has no past either.
+    past_positions = torch.where(positions[:, :1] < 0, -1, (positions[:, :1] + steps_back).clamp(min=-1))
+    return Window(
+        hidden=torch.cat([past_hidden, hidden], dim=1),
+        positions=torch.cat([past_positions, positions], dim=1),
+        following=torch.cat([past_following, following], dim=1),
+        last=last + back,
+    )
+
+
+def newest_past(window: Window, back: int) -> tuple[Tensor, Tensor]:
+    """The newest `back` states and the tokens after them, to look back on next time: [B, back, D] and [B, back]."""
+    kept = window.last[:, None] + torch.arange(1 - back, 1, device=window.last.device)  # [B, back]
+    batch = torch.arange(len(kept), device=kept.device)[:, None]
+    return window.hidden[batch, kept], window.following[batch, kept]

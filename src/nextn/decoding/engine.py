@@ -7,15 +7,24 @@ the row's length back. The text is the trunk's own, whatever the drafter says.
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nextn.decoding.drafting import Drafter
-from nextn.decoding.verify import accept_greedy
+from nextn.decoding.compiled import Progress, compiled
+from nextn.decoding.drafting import Draft, Drafter, HeadDrafter
+from nextn.decoding.verify import Verify
+from nextn.output import best
 from nextn.trunk import RaggedCache, Trunk
+
+PADDING = 3  # 4 tokens a step: what small matrix kernels take at once on some CPUs
 
 
 class PromptError(ValueError):
@@ -48,6 +57,11 @@ class _Row:
     result: Generation
     limit: int  # how many tokens it may emit
 
+    @property
+    def length(self) -> int:
+        """Tokens of its text so far; the cache holds all but the newest."""
+        return len(self.result.prompt) + len(self.result.tokens)
+
 
 OnTokens = Callable[[int, list[int], list[int]], None]
 
@@ -60,6 +74,10 @@ class Engine:
         drafter: who proposes; None decodes plainly, one token a step.
         rows: how many prompts are decoded side by side.
         stop_tokens: ids that end a text; they are emitted.
+
+    Attributes:
+        seconds: time spent in `prefill`, `verify` (the trunk's forward and what stands of the drafts) and `draft` since
+            the last call of `generate` began; the rest of its time went into the loop.
     """
 
     def __init__(self, trunk: Trunk, drafter: Drafter | None, rows: int = 1, stop_tokens: Iterable[int] = ()) -> None:
@@ -67,6 +85,44 @@ class Engine:
         self.stop_tokens = frozenset(stop_tokens)
         self.n = 1 + (drafter.drafts if drafter else 0)
         self.tap = drafter.tap if drafter else "post_norm"
+        self._padding = 0  # places in a plain step that hold no token: some machines are faster so
+        self._verify: Callable[..., Any] = Verify(trunk, self.tap)
+        self.compiled = False
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @torch.no_grad()
+    def compile(self, progress: Progress = lambda message: nullcontext()) -> Engine:
+        """Have the step run as machine code from now on, for batches of exactly `rows` prompts at a time.
+
+        The weights must not change afterwards. Without drafts the faster one of a bare and of a padded step is taken.
+
+        Args:
+            progress: shown while something is compiled, which takes minutes once a machine; a function from a message
+                to a context, like `rich.console.Console.status`.
+
+        Raises:
+            CompileError: where nothing can be compiled; the engine then goes on eagerly.
+        """
+        verify, best_time = Verify(self.trunk, self.tap), float("inf")
+        for padding in (0, PADDING) if self.drafter is None else (0,):
+            inputs = self._example(padding)
+            candidate = compiled(verify, inputs, progress)
+            if (seconds := _median_seconds(candidate, inputs)) < best_time:
+                chosen, chosen_padding, best_time = candidate, padding, seconds
+        if isinstance(self.drafter, HeadDrafter):
+            targets, accepted, _, _, tapped, positions = chosen(*inputs)
+            inputs = self.drafter.step_inputs(tapped, positions, targets, accepted)
+            self.drafter.compiled = compiled(Draft(self.trunk, self.drafter.heads), inputs, progress)
+        self._verify, self._padding, self.compiled = chosen, chosen_padding, True
+        return self
+
+    def _example(self, padding: int) -> tuple[Any, ...]:
+        """Inputs of a step of all rows, as they stand after a short prompt."""
+        prompts = [[0, 0]] * self.rows
+        self._padding = padding
+        self._begin(prompts, PADDING + self.n)
+        self._admit(list(enumerate(prompts)), PADDING + self.n, None)
+        return self._inputs()
 
     @torch.inference_mode()
     def generate(
@@ -89,7 +145,8 @@ class Engine:
         self._begin(prompts, max_new_tokens)
         while waiting or any(self._active):
             if waiting and not all(self._active):
-                self._admit(waiting, max_new_tokens, on_tokens)
+                with self._clock("prefill"):
+                    self._admit(waiting, max_new_tokens, on_tokens)
             else:
                 self._step(on_tokens)
             for slot, row in enumerate(self._active):
@@ -100,7 +157,7 @@ class Engine:
     # --- the algorithm ----------------------------------------------------------------------------------------
 
     _pending: Tensor  # [B] the newest token of each row, not yet read by the trunk
-    _drafts: Tensor  # [B, n-1]
+    _drafts: Tensor  # [B, n-1], or with padding [B, n-1 + padding], -1 for no draft
     _lengths: Tensor  # [B] how many tokens of each row the cache holds
 
     def _admit(self, waiting: list[tuple[int, Sequence[int]]], max_new_tokens: int, on_tokens: OnTokens | None) -> None:
@@ -121,7 +178,7 @@ class Engine:
         # [b, T, D]; logits are needed after each prompt's last token only
         hidden, tapped = self._forward(ids, positions, rows)
         last = lengths - 1
-        pending = self.trunk.logits(hidden[torch.arange(len(free)), last]).argmax(dim=-1)
+        pending = best(self.trunk.logits(hidden[torch.arange(len(free)), last]))
         following = ids.roll(-1, dims=1)
         following[torch.arange(len(free)), last] = pending
         self._pending[rows], self._lengths[rows] = pending, lengths
@@ -131,25 +188,25 @@ class Engine:
             self._drafts[rows] = self.drafter.propose(tapped, positions, following, last, rows)
 
     def _step(self, on_tokens: OnTokens | None) -> None:
-        """One trunk forward over the pending token and the drafts of every row."""
-        tokens = torch.cat([self._pending[:, None], self._drafts], dim=1)  # [B, n]
-        positions = self._lengths[:, None] + torch.arange(self.n, device=tokens.device)
-        positions = torch.where(positions < self._ends()[:, None], positions, -1)
-        hidden, tapped = self._forward(tokens, positions, None)
-        targets = self.trunk.logits(hidden).argmax(dim=-1)  # [B, n]
-        accepted = accept_greedy(self._drafts, targets)  # [B]
-
-        for slot, (run, count) in enumerate(zip(targets.tolist(), accepted.tolist(), strict=True)):
+        """One trunk forward over the pending token and the drafts of every row, then new drafts."""
+        with self._clock("verify"):
+            verified = self._verify(*self._inputs())
+            targets, accepted, self._pending, self._lengths, tapped, positions = verified
+            runs, counts = targets.tolist(), accepted.tolist()
+        for slot, (run, count) in enumerate(zip(runs, counts, strict=True)):
             if self._active[slot] is not None:
                 # Accepted drafts equal the targets, so the run can be read off the targets.
                 self._emit(slot, run[: count + 1], [*range(1, count + 1), 0], on_tokens, accepted=count)
-        self._pending = targets.gather(1, accepted[:, None])[:, 0]
-        self._lengths = self._lengths + accepted + 1  # rejected drafts lie beyond and are overwritten
         if self.drafter:
-            valid = torch.arange(self.n, device=tokens.device) <= accepted[:, None]
-            self._drafts = self.drafter.propose(
-                tapped, torch.where(valid, positions, -1), targets, accepted, self._all_rows
-            )
+            with self._clock("draft"):
+                self._drafts = self.drafter.propose(tapped, positions, targets, accepted, self._all_rows)
+
+    def _inputs(self) -> tuple:
+        """What `Verify` takes."""
+        ends = self._ends()
+        newest = max(row.length for row in self._active if row is not None) + self._drafts.shape[1] - 1
+        seen = torch.arange(self._cache.reach(newest), device=ends.device)
+        return self._pending, self._drafts, self._lengths, ends, seen, self._cache.buffers
 
     def _emit(
         self, slot: int, tokens: list[int], origins: list[int], on_tokens: OnTokens | None, accepted: int | None = None
@@ -175,16 +232,24 @@ class Engine:
 
     def _begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         device = self.trunk.device
-        rows = max(1, min(self.rows, len(prompts)))
+        # What is compiled has a fixed number of rows; otherwise a free row would cost for nothing.
+        rows = self.rows if self.compiled else max(1, min(self.rows, len(prompts)))
         capacity = min(max((len(prompt) for prompt in prompts), default=0) + max_new_tokens, self.trunk.max_length)
+        self.seconds = defaultdict(float)
         self._active: list[_Row | None] = [None] * rows
         self._cache = RaggedCache(len(self.trunk.layers), rows, capacity)
         self._all_rows = torch.arange(rows, device=device)
         self._lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self._pending = torch.zeros(rows, dtype=torch.long, device=device)
-        self._drafts = torch.zeros(rows, self.n - 1, dtype=torch.long, device=device)
+        self._drafts = torch.full((rows, self.n - 1 + self._padding), -1, device=device)
         if self.drafter:
             self.drafter.begin(rows, capacity)
+
+    @contextmanager
+    def _clock(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
 
     def _ends(self) -> Tensor:
         """The first position of each row that is not needed any more [B]; 0 for a free row."""
@@ -203,3 +268,12 @@ class Engine:
                 f"The prompt has {len(prompt)} tokens; the model's context is {self.trunk.max_length}, which leaves no "
                 "room for an answer. Shorten the prompt."
             )
+
+
+def _median_seconds(step: Callable[..., Any], inputs: tuple[Any, ...], repeats: int = 15) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step(*inputs)[1].tolist()  # reading a result waits for it
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

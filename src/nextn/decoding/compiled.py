@@ -1,0 +1,166 @@
+"""The step as machine code.
+
+A module that is a function of tensors (`Verify`, `Draft`) is exported from the host's own forward by torch.export and
+compiled ahead of time by AOTInductor: weights frozen into the layout that their kernels read, matrix products for a
+few rows chosen by measuring, no Python and no guards at run time. What comes out is kept on disk, and the next process
+loads it in about a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import nextn.config
+
+Progress = Callable[[str], AbstractContextManager[Any]]
+
+# Inductor's own products for a few rows want constant weights, hence freezing. Measuring them against the library's
+# would double the time to compile.
+_CPU = {"freezing": True, "max_autotune_gemm": True, "max_autotune_gemm_backends": "CPP",
+        "cpp.enable_concat_linear": True}  # fmt: skip
+_GPU = {"freezing": True, "max_autotune": True}
+
+
+class CompileError(RuntimeError):
+    """Nothing can be compiled here, or not this; the message says why."""
+
+
+def compiled(
+    module: nn.Module, inputs: tuple[Any, ...], progress: Progress = lambda message: nullcontext()
+) -> Callable[..., Any]:
+    """The same function as `module`, compiled, for inputs of these shapes; compiled once a machine.
+
+    Args:
+        module: its weights must not change afterwards; what is compiled holds its own copy.
+        inputs: an example; the last two are `seen` [S] and `buffers`, pairs of [B, H, C, Dk], whose S and C may vary.
+        progress: shown while it compiles; called with a message, gives a context.
+
+    Raises:
+        CompileError: without a C++ compiler, or where the host's forward cannot be exported.
+    """
+    path = nextn.config.cache_directory() / "compiled" / f"{type(module).__name__.lower()}-{key(module, inputs)}.pt2"
+    if not path.is_file():
+        _require_compiler()
+        with progress(f"compiling {type(module).__name__.lower()} (a minute or two; kept for the next time)"):
+            _build(module, inputs, path)
+    try:
+        load = torch._inductor.aoti_load_package(str(path))
+    except RuntimeError as error:
+        path.unlink()
+        raise CompileError(f"{path} was damaged and is removed ({_first_line(error)}); try again.") from None
+    return _Graphed(load) if inputs[0].device.type == "cuda" else load
+
+
+def _build(module: nn.Module, inputs: tuple[Any, ...], path: Path) -> None:
+    """Export, compile, and put the package in its place in one move."""
+    *fixed, _seen, buffers = inputs
+    slots, capacity = torch.export.Dim("S", min=2), torch.export.Dim("C", min=2)
+    shapes = (*[None] * len(fixed), {0: slots}, [({2: capacity}, {2: capacity})] * len(buffers))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.pt2")
+    try:
+        with torch.no_grad(), _quiet_autotuning(), torch._inductor.utils.fresh_cache(dir=str(path.parent)):
+            program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+            options = _GPU if inputs[0].device.type == "cuda" else _CPU
+            torch._inductor.aoti_compile_and_package(program, package_path=str(partial), inductor_configs=options)
+        partial.rename(path)
+    except Exception as error:  # export and compilers raise whatever they like; all of it means the same here
+        raise CompileError(f"{type(module).__name__} cannot be compiled: {_first_line(error)}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def key(module: nn.Module, inputs: tuple[Any, ...]) -> str:
+    """A digest of all that the compiled code depends on: code, weights, settings, shapes, versions, machine."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(nextn.config.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    digest.update(inspect.getsource(torch.version).encode())
+    digest.update(f"{transformers.__version__} {_machine(inputs[0].device)}".encode())
+    for name, part in module.named_modules():
+        settings = {key: value for key, value in vars(part).items() if isinstance(value, int | float | str)}
+        digest.update(f"{name} {type(part).__name__} {sorted(settings.items())}".encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    *fixed, _seen, buffers = inputs
+    shapes = [tuple(tensor.shape) for tensor in fixed]
+    layers = [(*pair[0].shape[:2], pair[0].shape[3], pair[1].shape[3], pair[0].dtype) for pair in buffers]
+    digest.update(f"{shapes} {layers}".encode())
+    return digest.hexdigest()[:24]
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor()} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
+
+
+def _require_compiler() -> None:
+    compiler = os.environ.get("CXX", "clang++" if platform.system() == "Darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise CompileError(f"there is no C++ compiler ({compiler}); install one, or name yours in $CXX.")
+
+
+@contextmanager
+def _quiet_autotuning() -> Iterator[None]:
+    """Without the table that Inductor prints for every product that it measures."""
+    from torch._inductor import select_algorithm
+
+    before, select_algorithm.PRINT_AUTOTUNE = select_algorithm.PRINT_AUTOTUNE, False
+    try:
+        yield
+    finally:
+        select_algorithm.PRINT_AUTOTUNE = before
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
+class _Graphed:
+    """A compiled function as a CUDA graph: one launch a step instead of hundreds. One graph an S.
+
+    The addresses of the caches are part of a graph, so graphs are captured anew when a text begins with new caches.
+    What a call returns is overwritten by the next one.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.address = function, 0
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
+
+    def __call__(self, *inputs: Any) -> Any:
+        *fixed, seen, buffers = inputs
+        if self.address != buffers[0][0].data_ptr():
+            self.address = buffers[0][0].data_ptr()
+            self.graphs.clear()
+        if len(seen) not in self.graphs:
+            self.graphs[len(seen)] = self._capture([tensor.clone() for tensor in fixed], seen, buffers)
+        graph, held, outputs = self.graphs[len(seen)]
+        for mine, given in zip(held, fixed, strict=True):
+            mine.copy_(given)
+        graph.replay()
+        return outputs
+
+    def _capture(
+        self, held: list[Tensor], seen: Tensor, buffers: Any
+    ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
+        self.function(
+            *held, seen, buffers
+        )  # libraries allocate their workspaces in a first call; it may not be captured
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = self.function(*held, seen, buffers)
+        return graph, held, outputs
