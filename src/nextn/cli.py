@@ -171,6 +171,52 @@ def info(
 
 @app.command()
 @_plainly
+def bench(
+    model: Annotated[str, typer.Argument(help="A directory that nextn wrote, or the name of the bundled model.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines with `prompt` and `category`. Default: those of the demo.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="So many prompts, from each category in turn.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens a prompt.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each contender answers each prompt.")] = 3,
+    dtype: Annotated[
+        DType, typer.Option(help="Dtype of nextn, transformers and vLLM; auto: bfloat16 where the CPU has it.")
+    ] = "auto",
+    gguf: Annotated[list[Path] | None, typer.Option(help="The model for llama.cpp (xllamacpp); repeatable.")] = None,
+    vllm_python: Annotated[str | None, typer.Option(help="The Python of an environment that has vLLM.")] = None,
+    replay: Annotated[
+        str | None, typer.Option(help="Replay acceptances: a file of an earlier --json, or a τ such as 2.4.")
+    ] = None,
+    eager: Annotated[bool, typer.Option("--eager", help="Do not compile our engine.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots there.")] = None,
+) -> None:
+    """Measure speed beside transformers, llama.cpp and vLLM, interleaved, with losslessness and a roofline."""
+    from nextn.evaluation.bench import Settings, conditions, tables
+    from nextn.evaluation.bench import bench as run
+    from nextn.formats.bundled import best_dtype
+    from nextn.formats.native import base_of, load_tokenizer, writable
+
+    for file in (json_file, html):
+        if file is not None:
+            writable(file.parent)
+    wanted = str(best_dtype()).removeprefix("torch.") if dtype == "auto" else dtype
+    found = run(
+        Settings(model, prompts, count, new_tokens, repeats, wanted, gguf or [], vllm_python, replay, eager), console
+    )
+    for table in tables(found):
+        console.print(table)
+    console.print(f"[dim]{conditions(found)}[/dim]", highlight=False)
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=2) + "\n")
+    if html is not None:
+        from nextn.evaluation.page import page
+
+        html.write_text(page(found, load_tokenizer(base_of(model))))
+
+
+@app.command()
+@_plainly
 def demo(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
     heads: Annotated[Path | None, typer.Option(help="Other heads for the bundled model than the shipped ones.")] = None,

@@ -20,6 +20,10 @@ class Output(nn.Module, ABC):
         """states [..., D] -> logits [..., V'], V' the number of tokens that can be named."""
 
     @abstractmethod
+    def size(self, trunk: Trunk) -> int:
+        """V', the number of tokens that can be named."""
+
+    @abstractmethod
     def token_ids(self, index: Tensor) -> Tensor:
         """From indices into V' to token ids of the trunk, any shape."""
 
@@ -33,6 +37,9 @@ class SharedOutput(Output):
 
     def forward(self, trunk: Trunk, states: Tensor) -> Tensor:
         return trunk.logits(states)
+
+    def size(self, trunk: Trunk) -> int:
+        return trunk.vocab_size
 
     def token_ids(self, index: Tensor) -> Tensor:
         return index
@@ -75,6 +82,9 @@ class TrimmedOutput(Output):
             with torch.inference_mode(False), torch.no_grad():  # gathered while decoding, it must still serve training
                 self._rows = version, weight[self.kept.long()]
         return self._rows[1]
+
+    def size(self, trunk: Trunk) -> int:
+        return len(self.kept)
 
     def token_ids(self, index: Tensor) -> Tensor:
         return self.kept[index].long()

@@ -8,7 +8,7 @@ import torch
 from conftest import VOCAB, greedy_reference, make_host
 from nextn.decoding.engine import Generation
 from nextn.evaluation import lossless
-from nextn.evaluation.lossless import FLOAT32_BOUND, agreement, check, float32_twin, near_tie_bound
+from nextn.evaluation.lossless import FLOAT32_BOUND, agreement, check, float32_twin, gaps, near_tie_bound
 from nextn.trunk import Trunk
 
 PROMPT = [5, 6, 7, 9]
@@ -62,8 +62,21 @@ def test_the_bound_is_a_constant_in_float32_and_the_twin_a_copy(trained_host, te
 
 def test_two_texts_agree_up_to_the_first_near_tie(trained_host, text):
     trunk = Trunk(trained_host)
-    assert agreement(trunk, PROMPT, text, text, FLOAT32_BOUND) == "identical"
+    ours = [Generation(PROMPT, text)] * 3
     other = [*text[:4], (text[4] + 1) % VOCAB, *text[5:]]
-    assert agreement(trunk, PROMPT, text, other, FLOAT32_BOUND) == "differs"
-    assert agreement(trunk, PROMPT, text, other, bound=1e6) == "near tie"
-    assert agreement(trunk, PROMPT, text, text[:6], FLOAT32_BOUND) == "differs"
+    theirs = [text, other, text[:6]]
+    assert agreement(trunk, ours, theirs, FLOAT32_BOUND) == ["identical", "differs", "differs"]
+    assert agreement(trunk, ours, theirs, bound=1e6) == ["identical", "near tie", "differs"]
+
+
+def test_gaps_do_not_depend_on_what_is_read_beside(trained_host, prompts):
+    """A slow reference: the whole prefix anew for every token."""
+    trunk = Trunk(trained_host)
+    emitted = [[5, 9, 3], [7], [4, 4, 4, 4, 8], [60], [11, 12], [13, 14, 15]]
+    found = gaps(trunk, [Generation(*pair) for pair in zip(prompts, emitted, strict=True)], rows=4)
+    for prompt, tokens, row in zip(prompts, emitted, found, strict=True):
+        for place, token in enumerate(tokens):
+            with torch.no_grad():
+                logits = trained_host(torch.tensor([prompt + tokens[:place]]), use_cache=False).logits[0, -1]
+            assert row[place] == pytest.approx(float(logits.max() - logits[token]), abs=1e-4)
+        assert len(row) == len(tokens)

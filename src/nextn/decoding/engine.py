@@ -7,6 +7,7 @@ the row's length back. The text is the trunk's own, whatever the drafter says.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections import defaultdict
@@ -18,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextn.decoding.compiled import Progress, compiled
+from nextn.decoding.compiled import CompileError, Progress, compiled
 from nextn.decoding.drafting import Draft, Drafter, HeadDrafter
 from nextn.decoding.verify import Verify
 from nextn.output import best
 from nextn.trunk import RaggedCache, Trunk
+
+logger = logging.getLogger(__name__)
 
 PADDING = 3  # 4 tokens a step: what small matrix kernels take at once on some CPUs
 
@@ -76,6 +79,9 @@ class Engine:
         stop_tokens: ids that end a text; they are emitted.
 
     Attributes:
+        verify: the step, `Verify` or what it was compiled to.
+        padding: places of a plain step that hold no token; some machines are faster so.
+        compiled: whether the step is machine code.
         seconds: time spent in `prefill`, `verify` (the trunk's forward and what stands of the drafts) and `draft` since
             the last call of `generate` began; the rest of its time went into the loop.
     """
@@ -85,8 +91,8 @@ class Engine:
         self.stop_tokens = frozenset(stop_tokens)
         self.n = 1 + (drafter.drafts if drafter else 0)
         self.tap = drafter.tap if drafter else "post_norm"
-        self._padding = 0  # places in a plain step that hold no token: some machines are faster so
-        self._verify: Callable[..., Any] = Verify(trunk, self.tap)
+        self.padding = 0
+        self.verify: Callable[..., Any] = Verify(trunk, self.tap)
         self.compiled = False
         self.seconds: dict[str, float] = defaultdict(float)
 
@@ -100,9 +106,17 @@ class Engine:
             progress: shown while something is compiled, which takes minutes once a machine; a function from a message
                 to a context, like `rich.console.Console.status`.
 
-        Raises:
-            CompileError: where nothing can be compiled; the engine then goes on eagerly.
+        Returns:
+            this engine. Where nothing can be compiled it says why in a warning, and goes on eagerly.
         """
+        try:
+            self._compile(progress)
+        except CompileError as error:
+            self.padding = 0
+            logger.warning("The engine runs eagerly: %s", error)
+        return self
+
+    def _compile(self, progress: Progress) -> None:
         verify, best_time = Verify(self.trunk, self.tap), float("inf")
         for padding in (0, PADDING) if self.drafter is None else (0,):
             inputs = self._example(padding)
@@ -113,13 +127,12 @@ class Engine:
             targets, accepted, _, _, tapped, positions = chosen(*inputs)
             inputs = self.drafter.step_inputs(tapped, positions, targets, accepted)
             self.drafter.compiled = compiled(Draft(self.trunk, self.drafter.heads), inputs, progress)
-        self._verify, self._padding, self.compiled = chosen, chosen_padding, True
-        return self
+        self.verify, self.padding, self.compiled = chosen, chosen_padding, True
 
     def _example(self, padding: int) -> tuple[Any, ...]:
         """Inputs of a step of all rows, as they stand after a short prompt."""
         prompts = [[0, 0]] * self.rows
-        self._padding = padding
+        self.padding = padding
         self._begin(prompts, PADDING + self.n)
         self._admit(list(enumerate(prompts)), PADDING + self.n, None)
         return self._inputs()
@@ -190,7 +203,7 @@ class Engine:
     def _step(self, on_tokens: OnTokens | None) -> None:
         """One trunk forward over the pending token and the drafts of every row, then new drafts."""
         with self._clock("verify"):
-            verified = self._verify(*self._inputs())
+            verified = self.verify(*self._inputs())
             targets, accepted, self._pending, self._lengths, tapped, positions = verified
             runs, counts = targets.tolist(), accepted.tolist()
         for slot, (run, count) in enumerate(zip(runs, counts, strict=True)):
@@ -205,8 +218,8 @@ class Engine:
         """What `Verify` takes."""
         ends = self._ends()
         newest = max(row.length for row in self._active if row is not None) + self._drafts.shape[1] - 1
-        seen = torch.arange(self._cache.reach(newest), device=ends.device)
-        return self._pending, self._drafts, self._lengths, ends, seen, self._cache.buffers
+        seen = torch.arange(self.cache.reach(newest), device=ends.device)
+        return self._pending, self._drafts, self._lengths, ends, seen, self.cache.buffers
 
     def _emit(
         self, slot: int, tokens: list[int], origins: list[int], on_tokens: OnTokens | None, accepted: int | None = None
@@ -237,11 +250,11 @@ class Engine:
         capacity = min(max((len(prompt) for prompt in prompts), default=0) + max_new_tokens, self.trunk.max_length)
         self.seconds = defaultdict(float)
         self._active: list[_Row | None] = [None] * rows
-        self._cache = RaggedCache(len(self.trunk.layers), rows, capacity)
+        self.cache = RaggedCache(len(self.trunk.layers), rows, capacity)
         self._all_rows = torch.arange(rows, device=device)
         self._lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self._pending = torch.zeros(rows, dtype=torch.long, device=device)
-        self._drafts = torch.full((rows, self.n - 1 + self._padding), -1, device=device)
+        self._drafts = torch.full((rows, self.n - 1 + self.padding), -1, device=device)
         if self.drafter:
             self.drafter.begin(rows, capacity)
 
@@ -257,8 +270,8 @@ class Engine:
         return torch.tensor(ends, device=self._lengths.device)
 
     def _forward(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        visible = self._cache.place(positions, rows)
-        return self.trunk.run(ids, positions, visible, self._cache, self.tap)
+        visible = self.cache.place(positions, rows)
+        return self.trunk.run(ids, positions, visible, self.cache, self.tap)
 
     def _check(self, prompt: Sequence[int]) -> None:
         if not prompt:

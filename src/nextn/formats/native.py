@@ -187,13 +187,19 @@ def load(
     except ConfigError as error:
         raise FormatError(f"{directory / EXTRA / 'config.json'}: {error}") from None
     if base is None:
-        here = (directory / "config.json").is_file()
-        base = load_base(str(directory) if here else description["base"]["name"], dtype=dtype, **kwargs)
+        base = load_base(base_of(directory), dtype=dtype, **kwargs)
     _check_fit(description["base"], base)
     model = MultiTokenModel(base, config)
     load_heads(model, directory)
     model.heads.to(model.trunk.dtype)
     return model.eval()
+
+
+def base_of(directory: str | Path) -> str:
+    """Where the base model of heads is: beside them, or where they say."""
+    directory = _with_heads(directory)
+    name = describe(directory)["base"]["name"]
+    return str(directory) if (directory / "config.json").is_file() else find(name)
 
 
 def _with_heads(directory: str | Path) -> Path:
@@ -285,9 +291,7 @@ def open_for_decoding(
     if heads not in (None, 1):
         raise FormatError(f"--heads is {heads}; give 1 for the plain model, or leave it out for all heads.")
     if heads == 1:
-        plain = (
-            name if not has_heads(name) or (Path(name) / "config.json").is_file() else describe(name)["base"]["name"]
-        )
+        plain = base_of(name) if has_heads(name) else name
         base = load_base(plain, wanted).eval()
         engine = Engine(Trunk(base), None, rows, end_tokens(base))
     else:

@@ -54,6 +54,7 @@ class Heads(nn.Module, ABC):
     """Heads of depth 2 … n over one trunk. Head 1 is the trunk's own LM head and is not among them."""
 
     cache_count: int  # how many K/V caches drafting needs
+    recurrent: bool = False  # whether one module serves all depths
     lookback: int = 0  # how many earlier states drafting must see again, to replace entries made from drafts
 
     def __init__(self, config: MultiTokenConfig, trunk: Trunk) -> None:

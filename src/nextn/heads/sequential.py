@@ -124,6 +124,7 @@ class RecurrentHeads(Heads):
     """
 
     cache_count = 1
+    recurrent = True
 
     def __init__(self, config: MultiTokenConfig, trunk: Trunk) -> None:
         super().__init__(config, trunk)

@@ -1,0 +1,256 @@
+"""`nextn bench`: our engine with heads and without, beside transformers, llama.cpp and vLLM where they are there."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from nextn.data import prompt_ids, read_prompts
+from nextn.distill import interleaved
+from nextn.evaluation.acceptance import DEFINITIONS
+from nextn.evaluation.demo import PROMPTS
+from nextn.evaluation.lossless import float32_twin, near_tie_bound
+from nextn.evaluation.report import machine, percent
+from nextn.evaluation.roofline import measure_machine
+from nextn.evaluation.speed import (
+    BenchError,
+    Contender,
+    Prompt,
+    Timings,
+    compare_texts,
+    figures,
+    generations,
+    race,
+    read_trace,
+)
+from nextn.formats.native import base_of, load, load_base, load_tokenizer, named_dtype
+from nextn.trunk import Trunk
+
+
+@dataclass
+class Settings:
+    """What is measured.
+
+    model: a directory that nextn wrote, or the name of the bundled model.
+    prompts: JSON lines with `prompt` and `category`; None: the three of the demonstration.
+    count: how many of them, taken from the categories in turn; None: all.
+    repeats: how often each contender answers each prompt.
+    dtype: of our engine and of transformers and vLLM.
+    gguf: files for llama.cpp.
+    vllm_python: an interpreter whose environment has vLLM.
+    replay: a file of an earlier run, or a τ; see `read_trace`.
+    eager: without compiling.
+    """
+
+    model: str
+    prompts: Path | None = None
+    count: int | None = None
+    new_tokens: int = 128
+    repeats: int = 3
+    dtype: str = "bfloat16"
+    gguf: list[Path] = field(default_factory=list)
+    vllm_python: str | None = None
+    replay: str | None = None
+    eager: bool = False
+
+
+def bench(settings: Settings, console: Console) -> dict[str, Any]:
+    """Measure, print the tables, and return what `nextn bench --json` writes.
+
+    Raises:
+        BenchError: where a contender cannot run; the message says which and why.
+    """
+    base = base_of(settings.model)
+    n = load(settings.model, dtype=named_dtype(settings.dtype)).multi_token.n
+    prompts = read(settings, load_tokenizer(base))
+    trace = None if settings.replay is None else read_trace(settings.replay, n - 1)
+    running = field_of(settings, base, trace)
+    with ExitStack() as cleanup:
+        with _progress(console) as bar:
+            for one in running:
+                task = bar.add_task(f"starting {one.name}", total=None)
+                cleanup.callback(one.stop)
+                one.start()
+                bar.remove_task(task)
+        costs = {name: one.about["cost"] for one in running if (name := one.name) in ("nextn", "plain")}
+        limits = measure_machine(named_dtype(settings.dtype), costs["nextn"]["weight_bytes"])
+        with _progress(console) as bar:
+            task = bar.add_task("measuring", total=len(prompts) * len(running) * settings.repeats)
+            timings = race(running, prompts, settings.new_tokens, settings.repeats, lambda: bar.advance(task))
+    return report(settings, running, prompts, timings, n, costs, limits, base, console)
+
+
+def report(
+    settings: Settings,
+    running: Sequence[Contender],
+    prompts: Sequence[Prompt],
+    timings: Timings,
+    n: int,
+    costs: dict[str, dict[str, int]],
+    limits: dict[str, float],
+    base: str,
+    console: Console,
+) -> dict[str, Any]:
+    """From timings to the report: texts checked, figures overall and by category."""
+    texts = checks = near_tie = None
+    if settings.replay is None:
+        with console.status("checking every token against a float32 pass, one token a step"):
+            host = load_base(base, named_dtype(settings.dtype)).eval()
+            read = generations(timings["nextn"][:4], prompts[:4])
+            near_tie = near_tie_bound(Trunk(host), [one.prompt + one.tokens for one in read], n)
+            texts, checks = compare_texts(float32_twin(host), timings, prompts, near_tie)
+    overall = figures(timings, prompts, range(len(prompts)), n, costs, limits, texts, checks)
+    categories = sorted({prompt.category for prompt in prompts})
+    by_category = {}
+    for category in categories:
+        places = [place for place, prompt in enumerate(prompts) if prompt.category == category]
+        by_category[category] = figures(timings, prompts, places, n, costs, limits, texts, checks)
+    return {
+        "model": settings.model,
+        "n": n,
+        "dtype": settings.dtype,
+        "batch": 1,
+        "new_tokens": settings.new_tokens,
+        "repeats": settings.repeats,
+        "compiled": running[0].about["compiled"],
+        "replay": settings.replay,
+        "near_tie_bound": near_tie,
+        "overall": overall,
+        "by_category": by_category,
+        "contenders": {one.name: describe(one, timings) for one in running},
+        "machine": machine() | limits,
+        "trace": [timing.answer["accepted"] for timing in timings["nextn"]],
+        "sample": sample(timings, prompts),
+    }
+
+
+def read(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The prompts, as many from each category as can be."""
+    records = [{"category": name, "prompt": text} for name, text in PROMPTS.items()]
+    if settings.prompts is not None:
+        records = interleaved(read_prompts(settings.prompts))
+    return [
+        Prompt(record.get("category", "all prompts"), record["prompt"], prompt_ids(tokenizer, record["prompt"]))
+        for record in records[: settings.count]
+    ]
+
+
+def field_of(settings: Settings, base: str, trace: list[int] | None) -> list[Contender]:
+    """Who is measured, ours first."""
+    threads = torch.get_num_threads()
+    ours = {"kind": "nextn", "model": settings.model, "dtype": settings.dtype, "threads": threads,
+            "eager": settings.eager}  # fmt: skip
+    theirs = {"kind": "transformers", "model": base, "dtype": settings.dtype, "threads": threads}
+    found = [
+        Contender("nextn", ours | {"heads": None, "replay": trace}),
+        Contender("plain", ours | {"heads": 1, "replay": None}),
+        Contender("transformers", theirs | {"settings": {}}),
+        Contender("transformers lookup", theirs | {"settings": {"prompt_lookup_num_tokens": 4}}),
+    ]
+    if getattr(AutoConfig.from_pretrained(base), "num_mtp_layers", 0):
+        found.append(Contender("transformers mtp", theirs | {"settings": {"use_mtp": True}}))
+    if settings.gguf and importlib.util.find_spec("xllamacpp") is None:
+        raise BenchError("GGUF files are given, but there is no llama.cpp here: pip install xllamacpp.")
+    for path in settings.gguf:
+        kind = path.stem.rsplit("-", 1)[-1]
+        found.append(Contender(f"llama.cpp {kind}", {"kind": "llama.cpp", "gguf": str(path), "threads": threads}))
+    if settings.vllm_python or importlib.util.find_spec("vllm"):
+        there = {"kind": "vllm", "model": base, "dtype": settings.dtype, "threads": threads}
+        found.append(Contender("vLLM", there, settings.vllm_python or sys.executable))
+    return found
+
+
+def describe(one: Contender, timings: Timings) -> dict[str, Any]:
+    """A contender's settings, version and peak memory."""
+    about = {key: value for key, value in one.about.items() if key not in ("cost", "fresh")}
+    settings = {key: value for key, value in one.specification.items() if key not in ("model", "gguf", "replay")}
+    return settings | about | {"peak_mib": max(timing.answer["peak_mib"] for timing in timings[one.name])}
+
+
+def sample(timings: Timings, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """The answer with the median share of drafted tokens, to look at: prompt, tokens and who proposed each."""
+
+    def drafted(place: int) -> float:
+        origins = timings["nextn"][place].answer["origins"]
+        return sum(map(bool, origins)) / len(origins)
+
+    place = sorted(range(len(prompts)), key=drafted)[len(prompts) // 2]
+    answer = timings["nextn"][place].answer
+    return {"prompt": prompts[place].text, "tokens": answer["tokens"], "origins": answer["origins"]}
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """What `nextn bench` prints."""
+    rows = [*found["by_category"].items(), ("all", found["overall"])]
+    speed = Table(title="tokens per second, and nextn over it with 95% interval", title_justify="left", box=SIMPLE_HEAD)
+    speed.add_column("contender")
+    for name, _ in rows:
+        speed.add_column(name, justify="right")
+    speed.add_column("nextn over it", justify="right")
+    speed.add_column("peak memory", justify="right")
+    for contender, about in found["contenders"].items():
+        over = found["overall"]["speedup"].get(contender)
+        ratio = "" if over is None else f"{over['value']:.2f} ({over['low']:.2f} – {over['high']:.2f})"
+        each = [f"{row['tokens_per_second'][contender]['value']:.1f}" for _, row in rows]
+        speed.add_row(contender, *each, ratio, f"{about['peak_mib']:,.0f} MiB")
+
+    drafts = Table(title="drafts and text", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("category", "prompts", "τ", "conditional", "cumulative", "identical", "ties", "unexplained"):
+        drafts.add_column(column, justify="left" if column == "category" else "right")
+    for name, row in rows:
+        text = ("–" if row[key] is None else str(row[key]) for key in ("identical", "near_ties", "unexplained"))
+        tau = "–" if row["tau"] is None else f"{row['tau']:.2f}"
+        shares = (percent(row["acceptance"][kind]) for kind in ("conditional", "cumulative"))
+        drafts.add_row(name, str(row["prompts"]), tau, *shares, *text)
+
+    step = Table(title="one step, in ms (share of all time)", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("", "verify", "draft", "loop", "step", "limit by bytes", "by operations", "prefill"):
+        step.add_column(column, justify="right" if column else "left")
+    for name, split in found["overall"]["time_split"].items():
+        line = found["overall"]["roofline"][name]
+        parts = {part: f"{split['ms_per_step'][part]:.2f} ({share:.1%})" for part, share in split["share"].items()}
+        limits = (f"{line[key]:.2f}" for key in ("step_ms", "ms_by_bytes", "ms_by_operations"))
+        prefill = f"({split['share']['prefill']:.1%})"
+        step.add_row(name, *(parts[part] for part in ("verify", "draft", "loop")), *limits, prefill)
+    return [speed, drafts, step]
+
+
+def conditions(found: dict[str, Any]) -> str:
+    """Where and how the figures came about."""
+    here, overall = found["machine"], found["overall"]
+    way = "compiled" if found["compiled"] else "eager"
+    lines = [
+        f"{here['accelerator'] or here['processor']}, {here['threads']} threads, {found['dtype']}, batch 1, greedy, "
+        f"{overall['prompts']} prompts, {found['new_tokens']} new tokens, median of {found['repeats']} repeats, {way}. "
+        f"Measured: {here['bandwidth'] / 1e9:.1f} GB/s, {here['rate'] / 1e9:,.0f} GFLOP/s. A step with drafts takes "
+        f"{overall['step_over_plain_step']:.2f} times a plain one.",
+        DEFINITIONS,
+    ]
+    if found["replay"] is None:
+        ties = f"Near ties are within {found['near_tie_bound']:.3g} logits of a float32 pass's best token."
+    else:
+        ties = f"Acceptance was replayed ({found['replay']}): the text is not the trunk's and was not checked."
+    lines.insert(1, ties)
+    return "\n".join(lines)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=console, transient=True,
+    )  # fmt: skip
