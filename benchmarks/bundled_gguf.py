@@ -2,8 +2,9 @@
 
     python benchmarks/bundled_gguf.py --out gguf
 
-The package holds Q4_1, which the bundled model was dequantised from. The same dequantised weights are written as F32 (the
-very model that nextn runs), F16, Q8_0 and Q4_0, with the metadata and the tokenizer of the original.
+The package holds Q4_1, which the bundled model was dequantised from. The same dequantised weights are written as F32
+(the very model that nextn runs), F16, Q8_0 and Q4_0 (all matrices, the token table too), with the metadata and the
+tokenizer of the original.
 """
 
 from __future__ import annotations

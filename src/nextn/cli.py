@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 app = typer.Typer(
@@ -24,6 +33,18 @@ console = Console()
 
 DType = Literal["auto", "float32", "bfloat16"]
 Kind = Literal["recurrent", "distinct", "parallel"]
+
+
+Compile = Annotated[bool, typer.Option("--compile", help="Run as machine code: compiled once, in minutes, and kept.")]
+
+
+@contextmanager
+def _elapsed(message: str) -> Iterator[None]:
+    """A line with a spinner and the time that has passed, while something takes long."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        progress.add_task(message, total=None)
+        yield
 
 
 def _plainly(verb: Callable[..., None]) -> Callable[..., None]:
@@ -88,6 +109,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
     heads: Annotated[int | None, typer.Option(help="1: the plain model alone. Default: all heads.")] = None,
     dtype: Annotated[DType, typer.Option(help="Dtype of trunk and heads.")] = "auto",
+    compile: Compile = False,
 ) -> None:
     """Decode a prompt, streaming, and say what the drafts were worth."""
     from nextn.data import TextStream, checked_prompt
@@ -96,6 +118,8 @@ def generate(
 
     engine, tokenizer = open_for_decoding(model, heads, dtype)
     ids = checked_prompt(tokenizer, prompt)
+    if compile:
+        engine.compile(_elapsed)
     text = TextStream(tokenizer)
 
     def stream(_index: int, tokens: list[int], _origins: list[int]) -> None:
@@ -224,6 +248,7 @@ def demo(
         DType, typer.Option(help="Dtype of trunk and heads; auto: bfloat16 where the CPU has it.")
     ] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens a prompt.")] = 128,
+    compile: Compile = False,
 ) -> None:
     """Decode a few prompts with a real model, with and without heads, and check the text."""
     from nextn.evaluation.demo import demo as run
@@ -235,7 +260,7 @@ def demo(
     wanted = best_dtype() if dtype == "auto" else named_dtype(dtype)
     directory = str(bundled_model(say=console.print))
     model = load(heads or shipped_heads(), base=load_base(directory, wanted))
-    report = run(model, load_tokenizer(directory), console, max_new_tokens)
+    report = run(model, load_tokenizer(directory), console, max_new_tokens, _elapsed if compile else None)
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n")
 

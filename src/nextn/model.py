@@ -59,6 +59,7 @@ class MultiTokenModel(PreTrainedModel):
         self.generation_config = base.generation_config
         self.base.requires_grad_(not config.freeze_trunk)
         self.train(base.training)
+        self._compiled: dict[tuple[int, int | None], tuple[Any, Engine]] = {}  # by rows and heads; see `generate`
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -170,6 +171,7 @@ class MultiTokenModel(PreTrainedModel):
         heads: int | None = None,
         streamer: Any = None,
         do_sample: bool = False,
+        compile: bool = False,
     ) -> Tensor:
         """Greedy text of the base model, drafted by the heads.
 
@@ -178,6 +180,8 @@ class MultiTokenModel(PreTrainedModel):
             eos_token_id: one or several stop tokens; default: those of the generation config.
             heads: None for all heads, 1 for the plain model alone.
             streamer: a transformers streamer (batch 1).
+            compile: run the step as machine code. It is compiled once a machine for each batch size, which takes
+                minutes, and loaded in seconds after that; it is loaded anew when weights have changed.
 
         Returns:
             input_ids and the new tokens [B, T + new], shorter rows filled with pad_token_id.
@@ -200,7 +204,8 @@ class MultiTokenModel(PreTrainedModel):
                 for token in tokens:
                     streamer.put(torch.tensor([token]))
 
-        engine = self.engine(len(prompts), heads, stops)
+        engine = self._compiled_engine(len(prompts), heads) if compile else self.engine(len(prompts), heads)
+        engine.stop_tokens = frozenset(end_tokens(self.base) if stops is None else stops)
         done = dict(engine.generate(prompts, max_new_tokens, stream))
         if streamer is not None:
             streamer.end()
@@ -214,6 +219,13 @@ class MultiTokenModel(PreTrainedModel):
             padding_value=pad_token_id,
         )
         return torch.cat([input_ids, new], dim=1)
+
+    def _compiled_engine(self, rows: int, heads: int | None) -> Engine:
+        weights = [(parameter.data_ptr(), parameter._version) for parameter in self.parameters()]
+        found = self._compiled.get((rows, heads))
+        if found is None or found[0] != weights:
+            found = self._compiled[rows, heads] = weights, self.engine(rows, heads).compile()
+        return found[1]
 
     # --- saving -----------------------------------------------------------------------------------------------
 

@@ -96,7 +96,6 @@ class Engine:
         self.compiled = False
         self.seconds: dict[str, float] = defaultdict(float)
 
-    @torch.no_grad()
     def compile(self, progress: Progress = lambda message: nullcontext()) -> Engine:
         """Have the step run as machine code from now on, for batches of exactly `rows` prompts at a time.
 
@@ -110,7 +109,8 @@ class Engine:
             this engine. Where nothing can be compiled it says why in a warning, and goes on eagerly.
         """
         try:
-            self._compile(progress)
+            with torch.inference_mode(False), torch.no_grad():  # what is exported may not be made in inference mode
+                self._compile(progress)
         except CompileError as error:
             self.padding = 0
             logger.warning("The engine runs eagerly: %s", error)

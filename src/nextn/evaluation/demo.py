@@ -11,13 +11,14 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from nextn.data import TextStream, prompt_ids
-from nextn.decoding.engine import Generation
+from nextn.decoding.compiled import Progress
+from nextn.decoding.engine import Engine, Generation
 from nextn.evaluation.acceptance import DEFINITIONS, Acceptance
 from nextn.evaluation.lossless import Check, agreement, check, float32_twin, near_tie_bound
 from nextn.evaluation.report import acceptance_json, machine, percent
@@ -42,16 +43,27 @@ class Run:
     seconds: dict[str, float]
 
 
-def warm_up(model: MultiTokenModel, prompt: list[int]) -> None:
+Engines = dict[str, Engine]  # `plain` and `nextn`
+
+
+def engines(model: MultiTokenModel, compiling: Progress | None) -> Engines:
+    """Our engine without heads and with them, as machine code where `compiling` can show its progress."""
+    made = {"plain": model.engine(heads=1), "nextn": model.engine()}
+    if compiling is not None:
+        made = {way: engine.compile(compiling) for way, engine in made.items()}
+    return made
+
+
+def warm_up(model: MultiTokenModel, ours: Engines, prompt: list[int]) -> None:
     """Run each of the three ways once, so that none of them pays for the first call."""
     host: Any = model.base
-    for heads in (1, None):
-        list(model.engine(heads=heads).generate([prompt], 8))
+    for engine in ours.values():
+        list(engine.generate([prompt], 8))
     host.generate(torch.tensor([prompt], device=host.device), max_new_tokens=8, do_sample=False)
 
 
 def run_prompt(
-    model: MultiTokenModel, tokenizer: PreTrainedTokenizerBase, name: str, new: int, console: Console
+    model: MultiTokenModel, ours: Engines, tokenizer: PreTrainedTokenizerBase, name: str, new: int, console: Console
 ) -> Run:
     """Decode one prompt plainly, with heads, and with transformers; the first two stream."""
     ids = prompt_ids(tokenizer, PROMPTS[name])
@@ -59,9 +71,8 @@ def run_prompt(
     host: Any = model.base
     seconds: dict[str, float] = {}
     results: dict[str, Generation] = {}
-    for way, heads in (("plain", 1), ("nextn", None)):
+    for way, engine in ours.items():
         console.print(f"[dim]{way}:[/dim]")
-        engine = model.engine(heads=heads)
         start = time.perf_counter()
         ((_, results[way]),) = engine.generate([ids], new, colour_stream(tokenizer, console))
         seconds[way] = time.perf_counter() - start
@@ -98,17 +109,26 @@ def colour_stream(tokenizer: PreTrainedTokenizerBase, console: Console) -> Calla
 
 
 def demo(
-    model: MultiTokenModel, tokenizer: PreTrainedTokenizerBase, console: Console, max_new_tokens: int = 128
+    model: MultiTokenModel,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+    max_new_tokens: int = 128,
+    compiling: Progress | None = None,
 ) -> dict[str, Any]:
-    """Run the demonstration; prints it, and returns the figures that `nextn demo --json` writes."""
+    """Run the demonstration; prints it, and returns the figures that `nextn demo --json` writes.
+
+    Args:
+        compiling: run our engine as machine code; shown while it is compiled, see `Engine.compile`.
+    """
     n = model.multi_token.n
     legend = Text("tokens by who proposed them: trunk")
     for draft in range(1, n):
         legend.append(f"  draft {draft}", style=colour(draft))
     console.print(legend)
-    warm_up(model, prompt_ids(tokenizer, "Hi"))
-    runs = [run_prompt(model, tokenizer, name, max_new_tokens, console) for name in PROMPTS]
-    with Progress(console=console, transient=True) as bar:
+    ours = engines(model, compiling)
+    warm_up(model, ours, prompt_ids(tokenizer, "Hi"))
+    runs = [run_prompt(model, ours, tokenizer, name, max_new_tokens, console) for name in PROMPTS]
+    with Bar(console=console, transient=True) as bar:
         task = bar.add_task("checking every token against a float32 pass, one token a step", total=len(runs) + 1)
         bound = near_tie_bound(model.trunk, [run.plain.prompt + run.plain.tokens for run in runs[:1]], n)
         bar.advance(task)
@@ -122,6 +142,7 @@ def demo(
     console.print(acceptance_table(report))
     console.print(speed_table(report))
     dtype = str(model.trunk.dtype).removeprefix("torch.")
+    report["compiled"] = ours["nextn"].compiled
     report |= {"new_tokens": max_new_tokens, "dtype": dtype, "near_tie_bound": bound, "machine": machine()}
     console.print(f"[dim]{DEFINITIONS}\n{conditions(report)}[/dim]", highlight=False)
     return report
@@ -180,7 +201,8 @@ def conditions(report: dict[str, Any]) -> str:
     """Where and how the figures came about, in one line."""
     here = report["machine"]
     return (
-        f"{here['accelerator'] or here['processor']}, {here['threads']} threads, {report['dtype']}, batch 1, one run. "
+        f"{here['accelerator'] or here['processor']}, {here['threads']} threads, {report['dtype']}, batch 1, one run, "
+        f"our engine {'compiled' if report['compiled'] else 'eager'}. "
         f"Near ties are tokens within {report['near_tie_bound']:.3g} logits of the best one of a float32 pass, one "
         "token a step: there the width of a pass decides, and the texts may part. In float32 they are rare "
         "(--dtype float32)."

@@ -1,0 +1,96 @@
+"""Machine code gives what the eager step gives, is compiled once, and nothing breaks where it cannot be compiled."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import nextn
+from conftest import CONFIGS, KINDS, made_up_text, make_host
+from nextn.decoding.compiled import key
+from nextn.decoding.engine import Engine
+from nextn.decoding.verify import Verify
+from nextn.trunk import Trunk
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NEXTN_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def decoded(engine: Engine, prompts) -> list[tuple[list[int], list[int]]]:
+    done = sorted(engine.generate(prompts, 24), key=lambda item: item[0])
+    return [(result.tokens, result.accepted) for _, result in done]
+
+
+def compiles_to_the_same(model, rows: int) -> None:
+    prompts = [made_up_text(1, length, seed=length)[0].tolist() for length in (5, 9, 70)]
+    compiling = []
+    engine = model.engine(rows=rows).compile(lambda message: compiling.append(message) or torch.no_grad())
+    assert engine.compiled and compiling
+    assert decoded(engine, prompts) == decoded(model.engine(rows=rows), prompts)
+    again = model.engine(rows=rows).compile(lambda message: pytest.fail(f"compiled a second time: {message}"))
+    assert decoded(again, prompts) == decoded(engine, prompts)
+
+
+def test_compiled_heads_give_the_eager_text_and_acceptance(trained_host, cache):
+    config = nextn.MultiTokenConfig(n=4, output={"kind": "trimmed", "size": 52}, **KINDS["recurrent"])
+    compiles_to_the_same(nextn.attach(copy.deepcopy(trained_host), config).eval(), rows=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_host_and_kind_compiles(family, kind, cache):
+    model = nextn.attach(make_host(family), nextn.MultiTokenConfig(n=3, **KINDS[kind])).eval()
+    compiles_to_the_same(model, rows=1)
+
+
+def test_without_a_compiler_it_runs_eagerly_and_says_so(trained_model, prompts, cache, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    engine = trained_model.engine().compile()
+    assert not engine.compiled
+    assert "The engine runs eagerly: there is no C++ compiler (no-such-compiler)" in caplog.text
+    assert decoded(engine, prompts) == decoded(trained_model.engine(), prompts)
+
+
+def test_a_damaged_package_is_removed_and_named(trained_host, cache, caplog):
+    engine = Engine(Trunk(trained_host), None)
+    with torch.no_grad():
+        inputs = engine._example(0)
+    path = cache / "compiled" / f"verify-{key(Verify(engine.trunk, engine.tap), inputs)}.pt2"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half a package")
+    assert not engine.compile().compiled
+    assert str(path) in caplog.text and not path.exists()
+
+
+def test_the_key_tells_apart_what_compiles_differently(trained_host):
+    def key_of(host, padding: int = 0, tap: str = "post_norm") -> str:
+        engine = Engine(Trunk(host), None)
+        with torch.no_grad():
+            inputs = engine._example(padding)
+        return key(Verify(engine.trunk, tap), inputs)
+
+    other = copy.deepcopy(trained_host)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    keys = [
+        key_of(trained_host),
+        key_of(other),
+        key_of(copy.deepcopy(trained_host).bfloat16()),
+        key_of(trained_host, padding=3),
+        key_of(trained_host, tap="pre_norm"),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key_of(copy.deepcopy(trained_host)) == keys[0]
+
+
+@pytest.mark.parametrize("padding", [1, 3])
+def test_padding_changes_nothing(trained_host, prompts, padding):
+    engine, padded = (Engine(Trunk(trained_host), None, rows=2) for _ in range(2))
+    padded.padding = padding
+    assert decoded(padded, prompts) == decoded(engine, prompts)

@@ -1,0 +1,161 @@
+"""The bench: statistics over made-up timings, replayed acceptance, and the whole verb on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from nextn.cli import app
+from nextn.decoding.engine import Engine
+from nextn.evaluation.roofline import bound, step_cost
+from nextn.evaluation.speed import (
+    BenchError,
+    Contender,
+    Timing,
+    read_trace,
+    replaying,
+    speeds,
+    time_split,
+    with_interval,
+)
+from nextn.trunk import Trunk
+
+
+def timing(count: int, *seconds: float) -> Timing:
+    return Timing(count=count, seconds=list(seconds))
+
+
+def test_speeds_are_tokens_over_median_seconds():
+    timings = {
+        "nextn": [timing(100, 1.0, 9.0, 1.0), timing(50, 0.5, 0.5, 0.5)],
+        "plain": [timing(100, 2.0, 2.0, 2.0), timing(50, 1.0, 1.0, 30.0)],
+    }
+    found = speeds(timings, [0, 1])
+    assert found["tokens_per_second"]["nextn"]["value"] == pytest.approx(100)
+    assert found["speedup"]["plain"] == pytest.approx({"value": 2.0, "low": 2.0, "high": 2.0})
+    assert list(found["speedup"]) == ["plain"]
+
+
+def test_the_interval_covers_what_it_should():
+    """Of many samples of 30 with a known mean, some 95% have it in their interval."""
+    generator = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        sample = generator.exponential(2.0, 30)
+        interval = with_interval(lambda chosen, sample=sample: sample[chosen].mean(-1), len(sample))
+        covered += interval["low"] <= 2.0 <= interval["high"]
+    assert 0.86 <= covered / 200 <= 0.99
+
+
+def test_the_parts_add_up_to_the_whole():
+    one = timing(9, 1.0)
+    one.parts, one.answer = [{"verify": 0.5, "draft": 0.2, "prefill": 0.1}], {"accepted": [3, 3]}
+    split = time_split([one])
+    assert sum(split["share"].values()) == pytest.approx(1)
+    assert split["share"]["loop"] == pytest.approx(0.2)
+    assert split["ms_per_step"]["verify"] == pytest.approx(500 / 2)  # 1 + 4 + 4 tokens: no truncated step
+
+
+@given(st.floats(1, 4), st.just(3))
+def test_a_made_up_trace_has_its_tau(tau, drafts):
+    trace = read_trace(str(tau), drafts)
+    assert min(trace) >= 0 and max(trace) <= drafts
+    assert 1 + sum(trace) / len(trace) == pytest.approx(tau, abs=0.011)
+
+
+def test_traces_that_do_not_fit_are_refused(tmp_path):
+    recorded = tmp_path / "run.json"
+    recorded.write_text(json.dumps({"trace": [[0, 3], [1]]}))
+    assert read_trace(str(recorded), 3) == [0, 3, 1]
+    for trace, drafts in (("5", 3), ("0.5", 3), (str(tmp_path / "none.json"), 3), (str(recorded), 2)):
+        with pytest.raises(BenchError):
+            read_trace(trace, drafts)
+
+
+def test_replayed_steps_accept_what_the_trace_says(trained_model):
+    engine = trained_model.engine()
+    engine.verify = replaying(engine.verify, iter([2, 0, 3, 1, 1]))
+    engine.stop_tokens = frozenset()
+    ((_, result),) = engine.generate([[5, 6, 7]], 13)
+    assert result.accepted == [2, 0, 3, 1, 1] and len(result.tokens) == 13
+
+
+def test_the_cost_of_a_step_counts_each_weight_once(trained_host):
+    engine = Engine(Trunk(trained_host), None)
+    list(engine.generate([[1, 2]], 3))
+    cost = step_cost(engine)
+    read = sum(p.numel() for name, p in trained_host.named_parameters() if "embed" not in name)
+    config = trained_host.config
+    assert cost["weight_bytes"] == 4 * read and cost["operations"] == 2 * read
+    head = config.hidden_size // config.num_attention_heads
+    assert cost["cache_bytes_per_position"] == config.num_hidden_layers * 2 * config.num_key_value_heads * head * 4
+    least = bound(cost, {"bandwidth": 1e9, "rate": 1e9}, length=10)
+    assert least["by_bytes"] == (4 * read + 10 * cost["cache_bytes_per_position"]) / 1e9
+
+
+def test_a_contender_that_dies_is_named():
+    dead = Contender("llama.cpp F16", {"kind": "llama.cpp", "gguf": "none.gguf", "threads": 1})
+    dead.specification["kind"] = "no such kind"
+    with pytest.raises(BenchError, match=r"llama\.cpp F16 ended"):
+        dead.start()
+    missing = Contender("vLLM", {"kind": "transformers", "model": "nowhere", "dtype": "float32"}, sys.executable)
+    with pytest.raises(BenchError, match="vLLM ended"):
+        missing.start()
+
+
+@pytest.fixture(scope="module")
+def tiny_heads(tiny_base, trained_host, tmp_path_factory):
+    import nextn
+    from nextn.formats.native import load_base, load_tokenizer, save
+
+    directory = tmp_path_factory.mktemp("heads")
+    model = nextn.attach(load_base(str(tiny_base)), nextn.MultiTokenConfig(n=4, heads="sequential", recurrent=True))
+    save(model, directory, load_tokenizer(str(tiny_base)))
+    return directory
+
+
+@pytest.mark.parametrize("replay", [None, "2.4"])
+def test_the_verb(tiny_heads, tmp_path, replay):
+    prompts = tmp_path / "prompts.jsonl"
+    records = [{"category": name, "prompt": text} for name in ("one", "two") for text in ("abc def", "hello")]
+    prompts.write_text("\n".join(json.dumps(record) for record in records))
+    arguments = ["bench", str(tiny_heads), "--prompts", str(prompts), "--count", "4", "--new-tokens", "12"]
+    arguments += ["--repeats", "2", "--eager", "--dtype", "float32", "--json", str(tmp_path / "run.json")]
+    arguments += ["--html", str(tmp_path / "run.html")] + (["--replay", replay] if replay else [])
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert set(found["contenders"]) == {"nextn", "plain", "transformers", "transformers lookup"}
+    assert set(found["by_category"]) == {"one", "two"}
+    for row in (found["overall"], *found["by_category"].values()):
+        assert set(row["tokens_per_second"]) == set(found["contenders"])
+        assert set(row["speedup"]) == set(found["contenders"]) - {"nextn"}
+        assert row["roofline"]["nextn"]["step_ms"] > 0
+        assert row["identical"] == (None if replay else row["prompts"])
+        assert row["unexplained"] == (None if replay else 0)
+    if replay:
+        assert found["overall"]["tau"] == pytest.approx(2.4, abs=0.2)
+    page = (tmp_path / "run.html").read_text()
+    assert page.count("<svg") == 4 and "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_files_for_an_engine_that_is_not_there(tiny_heads, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    done = CliRunner().invoke(app, ["bench", str(tiny_heads), "--gguf", "some.gguf", "--dtype", "float32"])
+    assert done.exit_code == 1 and "pip install xllamacpp" in " ".join(done.output.split())
+
+
+def test_best_is_argmax_where_several_are_equal():
+    from nextn.output import best
+
+    for size in (1, 7, 64, 52, 96):
+        logits = torch.randint(0, 4, (5, 3, size)).float()
+        assert torch.equal(best(logits), logits.argmax(dim=-1))
