@@ -30,6 +30,7 @@ def main(
     heads: Annotated[list[str] | None, typer.Option(help="Directories with heads; repeatable.")] = None,
     count: Annotated[int, typer.Option(help="How many prompts.")] = 24,
     new_tokens: Annotated[int, typer.Option(help="Tokens a prompt.")] = 48,
+    compile: Annotated[bool, typer.Option("--compile", help="Run our engine as machine code.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the figures there as JSON.")] = None,
 ) -> None:
     records = interleaved(read_prompts(prompts))[:count]
@@ -45,7 +46,7 @@ def main(
             texts = [prompt_ids(tokenizer, record["prompt"]) for record in records]
             with Progress() as bar:
                 task = bar.add_task(f"{model.multi_token.kind}, {dtype}", total=len(texts))
-                found = measure(model, texts, new_tokens, advance=lambda task=task, bar=bar: bar.advance(task))
+                found = measure(model, texts, new_tokens, lambda task=task, bar=bar: bar.advance(task), compile)
             results.append({"heads": model.multi_token.kind, "dtype": dtype, **found})
             table.add_row(
                 model.multi_token.kind,
@@ -56,6 +57,7 @@ def main(
                 *(_counts(found[key]) for key in ("plain", "transformers")),
             )
     Console().print(table)
+    print("our engine ran", ", ".join("compiled" if run["compiled"] else "eagerly" for run in results))
     if out is not None:
         report = {"prompts": len(records), "new_tokens": new_tokens, "runs": results, "machine": machine()}
         out.write_text(json.dumps(report, indent=2) + "\n")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from conftest import VOCAB, make_host
 from nextn.config import OutputConfig
-from nextn.output import build_output, most_frequent
+from nextn.output import best, build_output, most_frequent
 from nextn.trunk import Trunk
 
 TRUNK = Trunk(make_host("llama"))
@@ -50,3 +50,9 @@ def test_a_subset_must_be_distinct_and_fit():
 def test_the_most_frequent_tokens_are_kept_and_those_that_must():
     ids = torch.tensor([5, 5, 5, 9, 9, 7, 1])
     assert most_frequent(ids, 3, VOCAB, always=[2]).tolist() == [2, 5, 9]
+
+
+def test_best_is_argmax_also_where_several_are_equal():
+    for size in (1, 7, 64, 52, 96):
+        logits = torch.randint(0, 4, (5, 3, size)).float()
+        assert torch.equal(best(logits), logits.argmax(dim=-1))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,9 +15,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    SpinnerColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -36,15 +33,6 @@ Kind = Literal["recurrent", "distinct", "parallel"]
 
 
 Compile = Annotated[bool, typer.Option("--compile", help="Run as machine code: compiled once, in minutes, and kept.")]
-
-
-@contextmanager
-def _elapsed(message: str) -> Iterator[None]:
-    """A line with a spinner and the time that has passed, while something takes long."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        progress.add_task(message, total=None)
-        yield
 
 
 def _plainly(verb: Callable[..., None]) -> Callable[..., None]:
@@ -119,7 +107,7 @@ def generate(
     engine, tokenizer = open_for_decoding(model, heads, dtype)
     ids = checked_prompt(tokenizer, prompt)
     if compile:
-        engine.compile(_elapsed)
+        engine.compile()
     text = TextStream(tokenizer)
 
     def stream(_index: int, tokens: list[int], _origins: list[int]) -> None:
@@ -216,18 +204,32 @@ def bench(
     html: Annotated[Path | None, typer.Option(help="Write a page with plots there.")] = None,
 ) -> None:
     """Measure speed beside transformers, llama.cpp and vLLM, interleaved, with losslessness and a roofline."""
+    from importlib.util import find_spec
+
     from nextn.evaluation.bench import Settings, conditions, tables
     from nextn.evaluation.bench import bench as run
     from nextn.formats.bundled import best_dtype
     from nextn.formats.native import base_of, load_tokenizer, writable
 
+    if html is not None and find_spec("matplotlib") is None:
+        raise ValueError("The page needs matplotlib: pip install 'nextn[eval]'.")
     for file in (json_file, html):
         if file is not None:
             writable(file.parent)
     wanted = str(best_dtype()).removeprefix("torch.") if dtype == "auto" else dtype
-    found = run(
-        Settings(model, prompts, count, new_tokens, repeats, wanted, gguf or [], vllm_python, replay, eager), console
+    settings = Settings(
+        model=model,
+        prompts=prompts,
+        count=count,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        dtype=wanted,
+        gguf=gguf or [],
+        vllm_python=vllm_python,
+        replay=replay,
+        eager=eager,
     )
+    found = run(settings, console)
     for table in tables(found):
         console.print(table)
     console.print(f"[dim]{conditions(found)}[/dim]", highlight=False)
@@ -260,7 +262,7 @@ def demo(
     wanted = best_dtype() if dtype == "auto" else named_dtype(dtype)
     directory = str(bundled_model(say=console.print))
     model = load(heads or shipped_heads(), base=load_base(directory, wanted))
-    report = run(model, load_tokenizer(directory), console, max_new_tokens, _elapsed if compile else None)
+    report = run(model, load_tokenizer(directory), console, max_new_tokens, compile)
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n")
 

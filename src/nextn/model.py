@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from nextn.config import MultiTokenConfig
 from nextn.decoding.drafting import HeadDrafter
-from nextn.decoding.engine import Engine
+from nextn.decoding.engine import Code, Engine
 from nextn.heads import build_heads
 from nextn.heads.base import Text
 from nextn.losses import IGNORE, head_loss, targets_at
@@ -59,7 +59,7 @@ class MultiTokenModel(PreTrainedModel):
         self.generation_config = base.generation_config
         self.base.requires_grad_(not config.freeze_trunk)
         self.train(base.training)
-        self._compiled: dict[tuple[int, int | None], tuple[Any, Engine]] = {}  # by rows and heads; see `generate`
+        self._code: dict[tuple[int, int | None], tuple[Any, Code | None]] = {}  # by rows and heads; see `generate`
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -181,7 +181,8 @@ class MultiTokenModel(PreTrainedModel):
             heads: None for all heads, 1 for the plain model alone.
             streamer: a transformers streamer (batch 1).
             compile: run the step as machine code. It is compiled once a machine for each batch size, which takes
-                minutes, and loaded in seconds after that; it is loaded anew when weights have changed.
+                minutes, and loaded in seconds after that. When weights have changed it is compiled anew; a change
+                through `parameter.data` goes unnoticed.
 
         Returns:
             input_ids and the new tokens [B, T + new], shorter rows filled with pad_token_id.
@@ -221,11 +222,13 @@ class MultiTokenModel(PreTrainedModel):
         return torch.cat([input_ids, new], dim=1)
 
     def _compiled_engine(self, rows: int, heads: int | None) -> Engine:
-        weights = [(parameter.data_ptr(), parameter._version) for parameter in self.parameters()]
-        found = self._compiled.get((rows, heads))
+        engine = self.engine(rows, heads)
+        tensors = (*self.parameters(), *self.buffers())
+        weights = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        found = self._code.get((rows, heads))
         if found is None or found[0] != weights:
-            found = self._compiled[rows, heads] = weights, self.engine(rows, heads).compile()
-        return found[1]
+            found = self._code[rows, heads] = weights, engine.compile().code
+        return engine if found[1] is None else engine.use(found[1])
 
     # --- saving -----------------------------------------------------------------------------------------------
 

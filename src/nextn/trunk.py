@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 TAPS = ("post_norm", "pre_norm", "before_last_layer")
 
@@ -189,14 +191,14 @@ class Trunk:
 
 
 def _grouped_sdpa(
-    _module: nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **_kwargs: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention in which a group of query heads shares keys, without a copy of them for each head.
 
@@ -204,6 +206,8 @@ def _grouped_sdpa(
     few queries are folded into the rows of their group's head, [B, H, T, D] -> [B, H', groups·T, D], so that keys are
     read once a group: 23 us against 40 (4 queries, 256 keys; bfloat16, 2 cores).
     """
+    if attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **kwargs)
     (rows, heads, length, _), shared = query.shape, key.shape[1]
     groups = heads // shared
     fold = groups > 1 and groups * length <= 64
@@ -224,19 +228,25 @@ def _grouped_sdpa(
     return output.reshape(rows, heads, length, value.shape[3]).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("nextn_sdpa", _grouped_sdpa)
+_OURS = "nextn_sdpa"
+AttentionInterface.register(_OURS, _grouped_sdpa)
+AttentionMaskInterface.register(_OURS, sdpa_mask)
 
 
 @contextmanager
 def _attending(config: Any) -> Iterator[None]:
-    """Let a host that uses sdpa use ours during one forward; the host's own forwards stay as they are."""
-    before = config._attn_implementation
-    if before == "sdpa":
-        config._attn_implementation = "nextn_sdpa"
+    """Let a host that uses sdpa use ours during one forward; the host's own forwards stay as they are.
+
+    Should another thread run the host meanwhile, it gets either attention, and both give it the right result.
+    """
+    if config._attn_implementation not in ("sdpa", _OURS):
+        yield
+        return
+    config._attn_implementation = _OURS
     try:
         yield
     finally:
-        config._attn_implementation = before
+        config._attn_implementation = "sdpa"
 
 
 def causal(
@@ -318,6 +328,12 @@ class RaggedCache(Cache):
         self._at = torch.empty(0)
         self._slots = torch.empty(0)
         self._width = 0
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether something was written, so that there are buffers."""
+        first: Any = self.layers[0]
+        return first.is_initialized
 
     @property
     def buffers(self) -> list[tuple[Tensor, Tensor]]:
@@ -410,7 +426,7 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
             "(decoder layers, one final norm, rotary positions)."
         )
     attention = decoder.config._attn_implementation
-    if attention not in ("sdpa", "eager"):
+    if attention not in ("sdpa", "eager", _OURS):
         raise HostError(f"{name} uses attn_implementation='{attention}'; load it with attn_implementation='sdpa'.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -27,21 +28,26 @@ def decoded(engine: Engine, prompts) -> list[tuple[list[int], list[int]]]:
 
 
 def compiles_to_the_same(model, rows: int) -> None:
-    prompts = [made_up_text(1, length, seed=length)[0].tolist() for length in (5, 9, 70)]
+    prompts = [made_up_text(1, length, seed=length)[0].tolist() for length in (5, model.multi_token.n, 9, 70)]
     compiling = []
     engine = model.engine(rows=rows).compile(lambda message: compiling.append(message) or torch.no_grad())
-    assert engine.compiled and compiling
+    assert engine.code and compiling
     assert decoded(engine, prompts) == decoded(model.engine(rows=rows), prompts)
     again = model.engine(rows=rows).compile(lambda message: pytest.fail(f"compiled a second time: {message}"))
     assert decoded(again, prompts) == decoded(engine, prompts)
 
 
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
+
+
+@needs_compiler
 def test_compiled_heads_give_the_eager_text_and_acceptance(trained_host, cache):
     config = nextn.MultiTokenConfig(n=4, output={"kind": "trimmed", "size": 52}, **KINDS["recurrent"])
     compiles_to_the_same(nextn.attach(copy.deepcopy(trained_host), config).eval(), rows=2)
 
 
 @pytest.mark.slow
+@needs_compiler
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_host_and_kind_compiles(family, kind, cache):
@@ -52,7 +58,7 @@ def test_every_host_and_kind_compiles(family, kind, cache):
 def test_without_a_compiler_it_runs_eagerly_and_says_so(trained_model, prompts, cache, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     engine = trained_model.engine().compile()
-    assert not engine.compiled
+    assert engine.code is None
     assert "The engine runs eagerly: there is no C++ compiler (no-such-compiler)" in caplog.text
     assert decoded(engine, prompts) == decoded(trained_model.engine(), prompts)
 
@@ -64,7 +70,7 @@ def test_a_damaged_package_is_removed_and_named(trained_host, cache, caplog):
     path = cache / "compiled" / f"verify-{key(Verify(engine.trunk, engine.tap), inputs)}.pt2"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"half a package")
-    assert not engine.compile().compiled
+    assert engine.compile().code is None
     assert str(path) in caplog.text and not path.exists()
 
 
@@ -78,8 +84,14 @@ def test_the_key_tells_apart_what_compiles_differently(trained_host):
     other = copy.deepcopy(trained_host)
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    faster = copy.deepcopy(trained_host)
+    faster.model.rotary_emb.inv_freq.mul_(2)
+    windowed = copy.deepcopy(trained_host)
+    windowed.config.sliding_window = 5
     keys = [
         key_of(trained_host),
+        key_of(faster),
+        key_of(windowed),
         key_of(other),
         key_of(copy.deepcopy(trained_host).bfloat16()),
         key_of(trained_host, padding=3),

@@ -9,17 +9,22 @@ loads it in about a second.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import os
 import platform
 import shutil
+import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 import nextn.config
@@ -37,31 +42,71 @@ class CompileError(RuntimeError):
     """Nothing can be compiled here, or not this; the message says why."""
 
 
-def compiled(
-    module: nn.Module, inputs: tuple[Any, ...], progress: Progress = lambda message: nullcontext()
-) -> Callable[..., Any]:
+@contextmanager
+def on_stderr(message: str) -> Iterator[None]:
+    """A line with a spinner and the time that has passed."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        bar.add_task(message, total=None)
+        yield
+
+
+def compiled(module: nn.Module, inputs: tuple[Any, ...], progress: Progress = on_stderr) -> Callable[..., Any]:
     """The same function as `module`, compiled, for inputs of these shapes; compiled once a machine.
 
     Args:
-        module: its weights must not change afterwards; what is compiled holds its own copy.
+        module: `Verify` or `Draft`. Its weights must not change afterwards; what is compiled holds its own copy.
         inputs: an example; the last two are `seen` [S] and `buffers`, pairs of [B, H, C, Dk], whose S and C may vary.
         progress: shown while it compiles; called with a message, gives a context.
 
     Raises:
         CompileError: without a C++ compiler, or where the host's forward cannot be exported.
     """
-    path = nextn.config.cache_directory() / "compiled" / f"{type(module).__name__.lower()}-{key(module, inputs)}.pt2"
+    name = type(module).__name__.lower()
+    path = package_directory() / f"{name}-{key(module, inputs)}.pt2"
     if not path.is_file():
         _require_compiler()
-        with progress(f"compiling {type(module).__name__.lower()} (a minute or two; kept for the next time)"):
-            _build(module, inputs, path)
-    try:
-        loader = torch._inductor.aoti_load_package(str(path)).loader
-    except RuntimeError as error:
-        path.unlink()
-        raise CompileError(f"{path} was damaged and is removed ({_first_line(error)}); try again.") from None
-    function = _flat(loader.run)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with progress(f"compiling {name} (a minute or two; kept for the next time)"), FileLock(f"{path}.lock"):
+                if not path.is_file():  # another process may have been faster
+                    _build(module, inputs, path)
+        except OSError as error:
+            raise CompileError(f"{path.parent} cannot be written ({_first_line(error)})") from None
+    function = _flat(_load(path).loader.run)
     return _Graphed(function) if inputs[0].device.type == "cuda" else function
+
+
+def package_directory() -> Path:
+    """Where compiled packages are kept."""
+    return nextn.config.cache_directory() / "compiled"
+
+
+def _build(module: nn.Module, inputs: tuple[Any, ...], path: Path) -> None:
+    """Export, compile, and put the package in its place in one move."""
+    *fixed, _seen, buffers = inputs
+    slots, capacity = torch.export.Dim("S", min=2), torch.export.Dim("C", min=2)
+    shapes = (*[None] * len(fixed), {0: slots}, [({2: capacity}, {2: capacity})] * len(buffers))
+    options = _GPU if inputs[0].device.type == "cuda" else _CPU
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made = Path(scratch) / "made.pt2"
+        try:
+            with torch.no_grad(), _quiet_autotuning(), torch._inductor.utils.fresh_cache(dir=scratch):
+                program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+                torch._inductor.aoti_compile_and_package(program, package_path=str(made), inductor_configs=options)
+        except Exception as error:  # export and compilers raise whatever they like; all of it means the same here
+            raise CompileError(f"{type(module).__name__} cannot be compiled: {_first_line(error)}") from error
+        made.rename(path)
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch._inductor.aoti_load_package(str(path))
+    except RuntimeError as error:
+        if zipfile.is_zipfile(path):
+            raise CompileError(f"{path} cannot be loaded: {_first_line(error)}") from None
+        path.unlink(missing_ok=True)
+        raise CompileError(f"{path} was damaged and is removed; try again") from None
 
 
 def _flat(run: Callable[[list[Tensor]], list[Tensor]]) -> Callable[..., Any]:
@@ -74,40 +119,24 @@ def _flat(run: Callable[[list[Tensor]], list[Tensor]]) -> Callable[..., Any]:
     return call
 
 
-def _build(module: nn.Module, inputs: tuple[Any, ...], path: Path) -> None:
-    """Export, compile, and put the package in its place in one move."""
-    *fixed, _seen, buffers = inputs
-    slots, capacity = torch.export.Dim("S", min=2), torch.export.Dim("C", min=2)
-    shapes = (*[None] * len(fixed), {0: slots}, [({2: capacity}, {2: capacity})] * len(buffers))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.pt2")
-    try:
-        with torch.no_grad(), _quiet_autotuning(), torch._inductor.utils.fresh_cache(dir=str(path.parent)):
-            program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
-            options = _GPU if inputs[0].device.type == "cuda" else _CPU
-            torch._inductor.aoti_compile_and_package(program, package_path=str(partial), inductor_configs=options)
-        partial.rename(path)
-    except Exception as error:  # export and compilers raise whatever they like; all of it means the same here
-        raise CompileError(f"{type(module).__name__} cannot be compiled: {_first_line(error)}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def key(module: nn.Module, inputs: tuple[Any, ...]) -> str:
-    """A digest of all that the compiled code depends on: code, weights, settings, shapes, versions, machine."""
+    """A digest of all that the compiled code depends on: code, config, weights, shapes, versions, machine."""
     digest = hashlib.sha256()
     house = Path(nextn.config.__file__).parent
     for part in ("trunk.py", "output.py", "heads/*.py", "decoding/*.py"):
         for path in sorted(house.glob(part)):
             digest.update(path.read_bytes())
-    digest.update(inspect.getsource(torch.version).encode())
-    digest.update(f"{transformers.__version__} {_machine(inputs[0].device)}".encode())
+    config: Any = module.trunk.config  # type: ignore[union-attr]
+    versions = (torch.__version__, transformers.__version__, _machine(inputs[0].device))
+    digest.update(f"{versions} {config.to_json_string(use_diff=False)} {config._attn_implementation}".encode())
     for name, part in module.named_modules():
         settings = {key: value for key, value in vars(part).items() if isinstance(value, int | float | str)}
+        settings.pop("name_or_path", None)
         digest.update(f"{name} {type(part).__name__} {sorted(settings.items())}".encode())
-    for name, tensor in module.state_dict().items():
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        stored: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(stored)
     *fixed, _seen, buffers = inputs
     shapes = [tuple(tensor.shape) for tensor in fixed]
     layers = [(*pair[0].shape[:2], pair[0].shape[3], pair[1].shape[3], pair[0].dtype) for pair in buffers]
@@ -118,13 +147,18 @@ def key(module: nn.Module, inputs: tuple[Any, ...]) -> str:
 def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor()} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
+    try:  # compiled for this very processor: another one may not know its instructions
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    except OSError:
+        processor = [platform.processor(), platform.machine()]
+    return f"{processor} {torch.get_num_threads()}"
 
 
 def _require_compiler() -> None:
     compiler = os.environ.get("CXX", "clang++" if platform.system() == "Darwin" else "g++")
     if shutil.which(compiler) is None:
-        raise CompileError(f"there is no C++ compiler ({compiler}); install one, or name yours in $CXX.")
+        raise CompileError(f"there is no C++ compiler ({compiler}); install one, or name yours in $CXX")
 
 
 @contextmanager
@@ -151,29 +185,27 @@ class _Graphed:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.address = function, 0
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
+        self.function = function
+        self.places: list[tuple[int, torch.Size]] = []
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Any, ...], Any]] = {}
 
     def __call__(self, *inputs: Any) -> Any:
         *fixed, seen, buffers = inputs
-        if self.address != buffers[0][0].data_ptr():
-            self.address = buffers[0][0].data_ptr()
+        places = [(part.data_ptr(), part.shape) for pair in buffers for part in pair]
+        if self.places != places:
+            self.places = places
             self.graphs.clear()
         if len(seen) not in self.graphs:
-            self.graphs[len(seen)] = self._capture([tensor.clone() for tensor in fixed], seen, buffers)
+            self.graphs[len(seen)] = self._capture((*(tensor.clone() for tensor in fixed), seen, buffers))
         graph, held, outputs = self.graphs[len(seen)]
-        for mine, given in zip(held, fixed, strict=True):
+        for mine, given in zip(held, fixed, strict=False):
             mine.copy_(given)
         graph.replay()
         return outputs
 
-    def _capture(
-        self, held: list[Tensor], seen: Tensor, buffers: Any
-    ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
-        self.function(
-            *held, seen, buffers
-        )  # libraries allocate their workspaces in a first call; it may not be captured
+    def _capture(self, held: tuple[Any, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Any, ...], Any]:
+        self.function(*held)  # libraries allocate their workspaces in a first call, which may not be captured
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            outputs = self.function(*held, seen, buffers)
-        return graph, held, outputs
+            outputs = self.function(*held)
+        return graph, held, outputs  # held: a graph reads its inputs where they were

@@ -57,7 +57,8 @@ class HeadDrafter:
         self.past_following = torch.zeros(rows, back, dtype=torch.long, device=self.trunk.device)
 
     def propose(self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, rows: Tensor) -> Tensor:
-        if self.compiled and hidden.shape[:2] == (len(self.past_hidden), self.heads.n):
+        is_step = hidden.shape[:2] == (len(self.past_hidden), self.heads.n)
+        if self.compiled and is_step and self.caches[0].is_filled:
             drafts, self.past_hidden, self.past_following = self.compiled(
                 *self.step_inputs(hidden, positions, following, last)
             )

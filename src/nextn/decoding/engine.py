@@ -12,14 +12,14 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nextn.decoding.compiled import CompileError, Progress, compiled
+from nextn.decoding.compiled import CompileError, Progress, compiled, key, on_stderr, package_directory
 from nextn.decoding.drafting import Draft, Drafter, HeadDrafter
 from nextn.decoding.verify import Verify
 from nextn.output import best
@@ -52,6 +52,19 @@ class Generation:
     finish: str = ""
 
 
+@dataclass(frozen=True)
+class Code:
+    """What the steps of an engine were compiled to.
+
+    verify, draft: what `Verify` and `Draft` compute; draft is None without heads.
+    padding: see `Engine`.
+    """
+
+    verify: Callable[..., Any]
+    padding: int
+    draft: Callable[..., Any] | None = None
+
+
 @dataclass
 class _Row:
     """One sequence in a slot: what it is to give, and how far its text reaches into the cache."""
@@ -81,7 +94,8 @@ class Engine:
     Attributes:
         verify: the step, `Verify` or what it was compiled to.
         padding: places of a plain step that hold no token; some machines are faster so.
-        compiled: whether the step is machine code.
+        code: the step as machine code; None where it runs eagerly.
+        why_eager: why it could not be compiled.
         seconds: time spent in `prefill`, `verify` (the trunk's forward and what stands of the drafts) and `draft` since
             the last call of `generate` began; the rest of its time went into the loop.
     """
@@ -93,11 +107,12 @@ class Engine:
         self.tap = drafter.tap if drafter else "post_norm"
         self.padding = 0
         self.verify: Callable[..., Any] = Verify(trunk, self.tap)
-        self.compiled = False
+        self.code: Code | None = None
+        self.why_eager: str | None = None
         self.seconds: dict[str, float] = defaultdict(float)
 
-    def compile(self, progress: Progress = lambda message: nullcontext()) -> Engine:
-        """Have the step run as machine code from now on, for batches of exactly `rows` prompts at a time.
+    def compile(self, progress: Progress = on_stderr) -> Engine:
+        """Have the step run as machine code from now on, always for `rows` rows.
 
         The weights must not change afterwards. Without drafts the faster one of a bare and of a padded step is taken.
 
@@ -106,32 +121,56 @@ class Engine:
                 to a context, like `rich.console.Console.status`.
 
         Returns:
-            this engine. Where nothing can be compiled it says why in a warning, and goes on eagerly.
+            this engine. Where nothing can be compiled it says why in a warning (and in `why_eager`), and goes on
+            eagerly.
         """
         try:
             with torch.inference_mode(False), torch.no_grad():  # what is exported may not be made in inference mode
-                self._compile(progress)
+                self.use(self._compile(progress))
         except CompileError as error:
-            self.padding = 0
+            self.padding, self.why_eager = 0, str(error)
             logger.warning("The engine runs eagerly: %s", error)
         return self
 
-    def _compile(self, progress: Progress) -> None:
-        verify, best_time = Verify(self.trunk, self.tap), float("inf")
-        for padding in (0, PADDING) if self.drafter is None else (0,):
-            inputs = self._example(padding)
-            candidate = compiled(verify, inputs, progress)
-            if (seconds := _median_seconds(candidate, inputs)) < best_time:
-                chosen, chosen_padding, best_time = candidate, padding, seconds
+    def use(self, code: Code) -> Engine:
+        """Run the step as machine code that an engine like this one was compiled to."""
+        self.code, self.verify, self.padding = code, code.verify, code.padding
         if isinstance(self.drafter, HeadDrafter):
-            targets, accepted, _, _, tapped, positions = chosen(*inputs)
-            inputs = self.drafter.step_inputs(tapped, positions, targets, accepted)
-            self.drafter.compiled = compiled(Draft(self.trunk, self.drafter.heads), inputs, progress)
-        self.verify, self.padding, self.compiled = chosen, chosen_padding, True
+            self.drafter.compiled = code.draft
+        return self
+
+    def _compile(self, progress: Progress) -> Code:
+        if not isinstance(self.drafter, HeadDrafter):
+            return self._compile_plain(progress) if self.drafter is None else self._compile_verify(0, progress)
+        code, inputs = self._compile_verify(0, progress), self._example(0)
+        targets, accepted, _, _, tapped, positions = code.verify(*inputs)
+        inputs = self.drafter.step_inputs(tapped, positions, targets, accepted)
+        return replace(code, draft=compiled(Draft(self.trunk, self.drafter.heads), inputs, progress))
+
+    def _compile_plain(self, progress: Progress) -> Code:
+        """The bare or the padded step, whichever is faster; measured once a machine."""
+        note = package_directory() / f"padding-{key(Verify(self.trunk, self.tap), self._example(0))}"
+        if note.is_file():
+            return self._compile_verify(int(note.read_text()), progress)
+        codes = [self._compile_verify(padding, progress) for padding in (0, PADDING)]
+        examples = [self._example(code.padding) for code in codes]
+        times: list[list[float]] = [[], []]
+        for _ in range(40):
+            for code, inputs, spent in zip(codes, examples, times, strict=True):
+                start = time.perf_counter()
+                code.verify(*inputs)[1].tolist()  # reading a result waits for it
+                spent.append(time.perf_counter() - start)
+        bare, padded = (statistics.median(spent) for spent in times)
+        chosen = codes[int(padded < bare)]
+        note.write_text(str(chosen.padding))
+        return chosen
+
+    def _compile_verify(self, padding: int, progress: Progress) -> Code:
+        return Code(compiled(Verify(self.trunk, self.tap), self._example(padding), progress), padding)
 
     def _example(self, padding: int) -> tuple[Any, ...]:
-        """Inputs of a step of all rows, as they stand after a short prompt."""
-        prompts = [[0, 0]] * self.rows
+        """Inputs of a step of all rows, as they stand after a prompt of middle length."""
+        prompts = [[0] * max(1, min(128, self.trunk.max_length // 2))] * self.rows
         self.padding = padding
         self._begin(prompts, PADDING + self.n)
         self._admit(list(enumerate(prompts)), PADDING + self.n, None)
@@ -202,9 +241,9 @@ class Engine:
 
     def _step(self, on_tokens: OnTokens | None) -> None:
         """One trunk forward over the pending token and the drafts of every row, then new drafts."""
+        inputs = self._inputs()
         with self._clock("verify"):
-            verified = self.verify(*self._inputs())
-            targets, accepted, self._pending, self._lengths, tapped, positions = verified
+            targets, accepted, self._pending, self._lengths, tapped, positions = self.verify(*inputs)
             runs, counts = targets.tolist(), accepted.tolist()
         for slot, (run, count) in enumerate(zip(runs, counts, strict=True)):
             if self._active[slot] is not None:
@@ -246,7 +285,7 @@ class Engine:
     def _begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         device = self.trunk.device
         # What is compiled has a fixed number of rows; otherwise a free row would cost for nothing.
-        rows = self.rows if self.compiled else max(1, min(self.rows, len(prompts)))
+        rows = self.rows if self.code else max(1, min(self.rows, len(prompts)))
         capacity = min(max((len(prompt) for prompt in prompts), default=0) + max_new_tokens, self.trunk.max_length)
         self.seconds = defaultdict(float)
         self._active: list[_Row | None] = [None] * rows
@@ -281,12 +320,3 @@ class Engine:
                 f"The prompt has {len(prompt)} tokens; the model's context is {self.trunk.max_length}, which leaves no "
                 "room for an answer. Shorten the prompt."
             )
-
-
-def _median_seconds(step: Callable[..., Any], inputs: tuple[Any, ...], repeats: int = 15) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step(*inputs)[1].tolist()  # reading a result waits for it
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,19 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig
 
 from nextn.data import prompt_ids, read_prompts
 from nextn.distill import interleaved
 from nextn.evaluation.acceptance import DEFINITIONS
 from nextn.evaluation.demo import PROMPTS
 from nextn.evaluation.lossless import float32_twin, near_tie_bound
+from nextn.evaluation.replay import read_trace
 from nextn.evaluation.report import machine, percent
 from nextn.evaluation.roofline import measure_machine
 from nextn.evaluation.speed import (
     BenchError,
+    Comparison,
     Contender,
     Prompt,
     Timings,
@@ -33,9 +36,8 @@ from nextn.evaluation.speed import (
     figures,
     generations,
     race,
-    read_trace,
 )
-from nextn.formats.native import base_of, load, load_base, load_tokenizer, named_dtype
+from nextn.formats.native import base_of, describe, heads_directory, load_base, load_tokenizer, named_dtype
 from nextn.trunk import Trunk
 
 
@@ -67,29 +69,50 @@ class Settings:
 
 
 def bench(settings: Settings, console: Console) -> dict[str, Any]:
-    """Measure, print the tables, and return what `nextn bench --json` writes.
+    """Measure, and return what `nextn bench --json` writes.
 
     Raises:
         BenchError: where a contender cannot run; the message says which and why.
     """
     base = base_of(settings.model)
-    n = load(settings.model, dtype=named_dtype(settings.dtype)).multi_token.n
-    prompts = read(settings, load_tokenizer(base))
+    n = int(describe(heads_directory(settings.model))["multi_token"]["n"])
+    prompts = read(settings, base, console)
     trace = None if settings.replay is None else read_trace(settings.replay, n - 1)
-    running = field_of(settings, base, trace)
+    running = field_of(settings, base, prompts, console)
     with ExitStack() as cleanup:
         with _progress(console) as bar:
             for one in running:
-                task = bar.add_task(f"starting {one.name}", total=None)
                 cleanup.callback(one.stop)
-                one.start()
-                bar.remove_task(task)
-        costs = {name: one.about["cost"] for one in running if (name := one.name) in ("nextn", "plain")}
+                _start(one, bar)
+        costs = {one.name: one.about["cost"] for one in running if "cost" in one.about}
         limits = measure_machine(named_dtype(settings.dtype), costs["nextn"]["weight_bytes"])
         with _progress(console) as bar:
             task = bar.add_task("measuring", total=len(prompts) * len(running) * settings.repeats)
-            timings = race(running, prompts, settings.new_tokens, settings.repeats, lambda: bar.advance(task))
-    return report(settings, running, prompts, timings, n, costs, limits, base, console)
+            advance = partial(bar.advance, task)
+            timings = race(running, prompts, settings.new_tokens, settings.repeats, trace, advance)
+    compared = near_tie = None
+    if settings.replay is None:
+        with console.status("checking every token against a float32 pass, one token a step"):
+            near_tie, compared = check_texts(settings, base, timings, prompts, n)
+    return report(settings, running, prompts, timings, n, costs, limits, near_tie, compared)
+
+
+def _start(one: Contender, bar: Progress) -> None:
+    task = bar.add_task(f"starting {one.name}", total=None)
+    one.start(lambda doing: bar.update(task, description=f"{one.name}: {doing}"))
+    bar.remove_task(task)
+    if why := one.about.get("why_eager"):
+        raise BenchError(f"{one.name} cannot be compiled: {why}. Measure it eagerly with --eager.")
+
+
+def check_texts(
+    settings: Settings, base: str, timings: Timings, prompts: Sequence[Prompt], n: int
+) -> tuple[float, Comparison]:
+    """The near-tie bound on this machine, and how the texts compare."""
+    host = load_base(base, named_dtype(settings.dtype)).eval()
+    some = generations(timings["nextn"][:4], prompts[:4])
+    near_tie = near_tie_bound(Trunk(host), [one.prompt + one.tokens for one in some], n)
+    return near_tie, compare_texts(float32_twin(host), timings, prompts, near_tie)
 
 
 def report(
@@ -100,23 +123,14 @@ def report(
     n: int,
     costs: dict[str, dict[str, int]],
     limits: dict[str, float],
-    base: str,
-    console: Console,
+    near_tie: float | None,
+    compared: Comparison | None,
 ) -> dict[str, Any]:
-    """From timings to the report: texts checked, figures overall and by category."""
-    texts = checks = near_tie = None
-    if settings.replay is None:
-        with console.status("checking every token against a float32 pass, one token a step"):
-            host = load_base(base, named_dtype(settings.dtype)).eval()
-            read = generations(timings["nextn"][:4], prompts[:4])
-            near_tie = near_tie_bound(Trunk(host), [one.prompt + one.tokens for one in read], n)
-            texts, checks = compare_texts(float32_twin(host), timings, prompts, near_tie)
-    overall = figures(timings, prompts, range(len(prompts)), n, costs, limits, texts, checks)
-    categories = sorted({prompt.category for prompt in prompts})
+    """From timings to the report: figures overall and by category."""
     by_category = {}
-    for category in categories:
+    for category in sorted({prompt.category for prompt in prompts}):
         places = [place for place, prompt in enumerate(prompts) if prompt.category == category]
-        by_category[category] = figures(timings, prompts, places, n, costs, limits, texts, checks)
+        by_category[category] = figures(timings, prompts, places, n, costs, limits, compared)
     return {
         "model": settings.model,
         "n": n,
@@ -124,59 +138,94 @@ def report(
         "batch": 1,
         "new_tokens": settings.new_tokens,
         "repeats": settings.repeats,
-        "compiled": running[0].about["compiled"],
+        "compiled": not settings.eager,
         "replay": settings.replay,
         "near_tie_bound": near_tie,
-        "overall": overall,
+        "overall": figures(timings, prompts, range(len(prompts)), n, costs, limits, compared),
         "by_category": by_category,
-        "contenders": {one.name: describe(one, timings) for one in running},
+        "contenders": {one.name: contender_json(one, timings) for one in running},
         "machine": machine() | limits,
         "trace": [timing.answer["accepted"] for timing in timings["nextn"]],
         "sample": sample(timings, prompts),
     }
 
 
-def read(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """The prompts, as many from each category as can be."""
+def read(settings: Settings, base: str, console: Console) -> list[Prompt]:
+    """The prompts, from each category in turn; those that leave no room for an answer are left out, and counted.
+
+    Raises:
+        BenchError: where none is left.
+    """
     records = [{"category": name, "prompt": text} for name, text in PROMPTS.items()]
     if settings.prompts is not None:
         records = interleaved(read_prompts(settings.prompts))
-    return [
+    tokenizer, room = load_tokenizer(base), _context(base) - settings.new_tokens
+    prompts = [
         Prompt(record.get("category", "all prompts"), record["prompt"], prompt_ids(tokenizer, record["prompt"]))
         for record in records[: settings.count]
     ]
+    fitting = [prompt for prompt in prompts if len(prompt.ids) <= room]
+    if not fitting:
+        raise BenchError(f"No prompt leaves room for {settings.new_tokens} new tokens in the model's context.")
+    if left_out := len(prompts) - len(fitting):
+        console.print(f"{left_out} prompts are too long for {settings.new_tokens} new tokens, and left out")
+    return fitting
 
 
-def field_of(settings: Settings, base: str, trace: list[int] | None) -> list[Contender]:
-    """Who is measured, ours first."""
-    threads = torch.get_num_threads()
-    ours = {"kind": "nextn", "model": settings.model, "dtype": settings.dtype, "threads": threads,
-            "eager": settings.eager}  # fmt: skip
-    theirs = {"kind": "transformers", "model": base, "dtype": settings.dtype, "threads": threads}
+def _context(base: str) -> int:
+    return int(AutoConfig.from_pretrained(base).get_text_config().max_position_embeddings)
+
+
+def field_of(settings: Settings, base: str, prompts: Sequence[Prompt], console: Console) -> list[Contender]:
+    """Who is measured, ours first.
+
+    Raises:
+        BenchError: for files without an engine to run them, or two of one name.
+    """
+    common = {"threads": torch.get_num_threads(), "endless": settings.replay is not None}
+    ours = common | {"kind": "nextn", "model": settings.model, "dtype": settings.dtype, "eager": settings.eager}
+    theirs = common | {"kind": "transformers", "model": base, "dtype": settings.dtype}
+    context = {"context": max(len(prompt.ids) for prompt in prompts) + settings.new_tokens}
     found = [
-        Contender("nextn", ours | {"heads": None, "replay": trace}),
-        Contender("plain", ours | {"heads": 1, "replay": None}),
+        Contender("nextn", ours | {"heads": None}),
+        Contender("plain", ours | {"heads": 1}),
         Contender("transformers", theirs | {"settings": {}}),
         Contender("transformers lookup", theirs | {"settings": {"prompt_lookup_num_tokens": 4}}),
     ]
     if getattr(AutoConfig.from_pretrained(base), "num_mtp_layers", 0):
         found.append(Contender("transformers mtp", theirs | {"settings": {"use_mtp": True}}))
-    if settings.gguf and importlib.util.find_spec("xllamacpp") is None:
+    if settings.gguf and not _installed("xllamacpp"):
         raise BenchError("GGUF files are given, but there is no llama.cpp here: pip install xllamacpp.")
+    if not settings.gguf and _installed("xllamacpp"):
+        console.print("llama.cpp is installed, but not measured: name the model's GGUF files with --gguf")
     for path in settings.gguf:
         kind = path.stem.rsplit("-", 1)[-1]
-        found.append(Contender(f"llama.cpp {kind}", {"kind": "llama.cpp", "gguf": str(path), "threads": threads}))
-    if settings.vllm_python or importlib.util.find_spec("vllm"):
-        there = {"kind": "vllm", "model": base, "dtype": settings.dtype, "threads": threads}
+        found.append(Contender(f"llama.cpp {kind}", common | context | {"kind": "llama.cpp", "gguf": str(path)}))
+    if settings.vllm_python or _installed("vllm"):
+        there = common | context | {"kind": "vllm", "model": base, "dtype": settings.dtype}
         found.append(Contender("vLLM", there, settings.vllm_python or sys.executable))
+    names = [one.name for one in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise BenchError(f"Two files are called {twice}; the part of a name after its last hyphen tells files apart.")
     return found
 
 
-def describe(one: Contender, timings: Timings) -> dict[str, Any]:
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def contender_json(one: Contender, timings: Timings) -> dict[str, Any]:
     """A contender's settings, version and peak memory."""
-    about = {key: value for key, value in one.about.items() if key not in ("cost", "fresh")}
+    about = {key: value for key, value in one.about.items() if key not in ("cost", "compiled_here", "why_eager")}
     settings = {key: value for key, value in one.specification.items() if key not in ("model", "gguf", "replay")}
-    return settings | about | {"peak_mib": max(timing.answer["peak_mib"] for timing in timings[one.name])}
+    return (
+        settings
+        | about
+        | {
+            "peak_mib": max(timing.answer["peak_mib"] for timing in timings[one.name]),
+            "same_text_every_repeat": all(timing.steady for timing in timings[one.name]),
+        }
+    )
 
 
 def sample(timings: Timings, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -205,15 +254,20 @@ def tables(found: dict[str, Any]) -> list[Table]:
     speed.add_column("peak memory", justify="right")
     for contender, about in found["contenders"].items():
         over = found["overall"]["speedup"].get(contender)
-        ratio = "" if over is None else f"{over['value']:.2f} ({over['low']:.2f} – {over['high']:.2f})"
+        ratio = "" if over is None else f"{over['value']:.2f}"
+        if over is not None and over["low"] is not None:
+            ratio += f" ({over['low']:.2f} – {over['high']:.2f})"
         each = [f"{row['tokens_per_second'][contender]['value']:.1f}" for _, row in rows]
         speed.add_row(contender, *each, ratio, f"{about['peak_mib']:,.0f} MiB")
 
     drafts = Table(title="drafts and text", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("category", "prompts", "τ", "conditional", "cumulative", "identical", "ties", "unexplained"):
+    for column in ("category", "prompts", "τ", "conditional", "cumulative", "text", "ties", "unexplained", "worst"):
         drafts.add_column(column, justify="left" if column == "category" else "right")
     for name, row in rows:
-        text = ("–" if row[key] is None else str(row[key]) for key in ("identical", "near_ties", "unexplained"))
+        text = ["–"] * 4
+        if row["identical"] is not None:
+            same = f"{row['identical']} / {row['part_at_a_near_tie']} / {row['differ']}"
+            text = [same, str(row["near_ties"]), str(row["unexplained"]), f"{row['worst']:.2g}"]
         tau = "–" if row["tau"] is None else f"{row['tau']:.2f}"
         shares = (percent(row["acceptance"][kind]) for kind in ("conditional", "cumulative"))
         drafts.add_row(name, str(row["prompts"]), tau, *shares, *text)
@@ -242,7 +296,11 @@ def conditions(found: dict[str, Any]) -> str:
         DEFINITIONS,
     ]
     if found["replay"] is None:
-        ties = f"Near ties are within {found['near_tie_bound']:.3g} logits of a float32 pass's best token."
+        ties = (
+            "Text: identical to the plain one / parting at a near tie / differing. Near ties are within "
+            f"{found['near_tie_bound']:.3g} logits of a float32 pass's best token; worst: the largest gap. "
+            f"Unexplained tokens of the plain text: {overall['plain_unexplained']}."
+        )
     else:
         ties = f"Acceptance was replayed ({found['replay']}): the text is not the trunk's and was not checked."
     lines.insert(1, ties)

@@ -2,9 +2,10 @@
 
     python contenders.py '{"kind": "llama.cpp", "gguf": "model.gguf", "threads": 2}'
 
-One line of JSON comes in, {"prompt": [token ids], "new_tokens": 128}, and one goes out. A process each keeps memory
-apart, and lets an engine live in an environment of its own: this file imports nextn only for the contenders that are
-nextn. All decode greedily, batch 1, and all are timed from the prompt's token ids to the last new token.
+One line of JSON comes in, {"prompt": [token ids], "new_tokens": 128}, and one goes out; before that, what the contender
+does while it starts ({"doing": "compiling ..."}) and what it is. A process each keeps memory apart, and lets an engine
+live in an environment of its own: this file imports nextn only for the contenders that are nextn. All decode greedily,
+batch 1, and all are timed from the prompt's token ids to the last new token. With `endless` they ignore end tokens.
 """
 
 from __future__ import annotations
@@ -14,37 +15,49 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+Asked = dict[str, Any]  # `prompt` and `new_tokens`; for our engine also `replay`, how many drafts are to stand
 Answer = dict[
     str, Any
 ]  # `count` of new tokens, and where the engine gives them `tokens`, `accepted`, `origins`, `parts`
-Answering = Callable[[list[int], int], Answer]
+Answering = Callable[[Asked], Answer]
+Say = Callable[[dict[str, Any]], None]
 
 
 def nextn(
-    model: str, dtype: str, heads: int | None, eager: bool, replay: list[int] | None, threads: int
+    say: Say, model: str, dtype: str, heads: int | None, eager: bool, endless: bool, threads: int
 ) -> tuple[Answering, dict[str, Any]]:
     """Our engine, with all heads or (heads=1) plainly."""
-    import torch
-
-    torch.set_num_threads(threads)
     from itertools import cycle
 
+    import torch
+
+    from nextn.evaluation.replay import replaying
     from nextn.evaluation.roofline import step_cost
-    from nextn.evaluation.speed import replaying
     from nextn.formats.native import open_for_decoding
 
+    torch.set_num_threads(threads)
     engine, _ = open_for_decoding(model, heads, dtype)
-    fresh: list[str] = []  # what had to be compiled
-    if not eager:
-        engine.compile(lambda message: _Noted(fresh, message))
-    if replay is not None:
-        engine.verify, engine.stop_tokens = replaying(engine.verify, cycle(replay)), frozenset()
+    engine.stop_tokens = frozenset() if endless else engine.stop_tokens
+    compiled_here = []
 
-    def answer(prompt: list[int], new_tokens: int) -> Answer:
-        ((_, result),) = engine.generate([prompt], new_tokens)
+    @contextmanager
+    def compiling(message: str) -> Iterator[None]:
+        compiled_here.append(message)
+        say({"doing": message})
+        yield
+
+    if not eager:
+        engine.compile(compiling)
+    verify = engine.verify
+
+    def answer(asked: Asked) -> Answer:
+        replay = asked.get("replay")
+        engine.verify = verify if replay is None else replaying(verify, cycle(replay))
+        ((_, result),) = engine.generate([asked["prompt"]], asked["new_tokens"])
         return {
             "count": len(result.tokens),
             "tokens": result.tokens,
@@ -53,23 +66,15 @@ def nextn(
             "parts": dict(engine.seconds),
         }
 
-    answer([0, 0], 8)
-    about = {"compiled": engine.compiled, "fresh": fresh, "padding": engine.padding, "cost": step_cost(engine)}
+    answer({"prompt": [0, 0], "new_tokens": 8})
+    about = {"compiled": engine.code is not None, "why_eager": engine.why_eager, "padding": engine.padding,
+             "cost": step_cost(engine), "compiled_here": bool(compiled_here)}  # fmt: skip
     return answer, about
 
 
-class _Noted:
-    """A context that notes its message."""
-
-    def __init__(self, notes: list[str], message: str) -> None:
-        notes.append(message)
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-
-def transformers(model: str, dtype: str, settings: dict[str, Any], threads: int) -> tuple[Answering, dict[str, Any]]:
+def transformers(
+    say: Say, model: str, dtype: str, settings: dict[str, Any], endless: bool, threads: int
+) -> tuple[Answering, dict[str, Any]]:
     """`model.generate` of transformers; settings: its arguments, such as prompt_lookup_num_tokens or use_mtp."""
     import torch
     import transformers
@@ -78,38 +83,42 @@ def transformers(model: str, dtype: str, settings: dict[str, Any], threads: int)
     transformers.logging.set_verbosity_error()
     host = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
 
-    def answer(prompt: list[int], new_tokens: int) -> Answer:
-        ids = torch.tensor([prompt])
+    def answer(asked: Asked) -> Answer:
+        ids, new = torch.tensor([asked["prompt"]]), asked["new_tokens"]
+        least = {"min_new_tokens": new} if endless else {}
         output = host.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, **settings
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, **least, **settings
         )
-        tokens = output[0, len(prompt) :].tolist()
+        tokens = output[0, ids.shape[1] :].tolist()
         return {"count": len(tokens), "tokens": tokens}
 
     return answer, {"version": transformers.__version__}
 
 
-def llama_cpp(gguf: str, threads: int) -> tuple[Answering, dict[str, Any]]:
+def llama_cpp(say: Say, gguf: str, context: int, endless: bool, threads: int) -> tuple[Answering, dict[str, Any]]:
     """llama.cpp in process (xllamacpp)."""
     from importlib.metadata import version
 
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = gguf, 2048, 1, 0
+    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = gguf, context, 1, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(params)
 
-    def answer(prompt: list[int], new_tokens: int) -> Answer:
+    def answer(asked: Asked) -> Answer:
         done = server.handle_completions(
-            {"prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "cache_prompt": False}
-        )
+            {"prompt": asked["prompt"], "max_tokens": asked["new_tokens"], "temperature": 0, "cache_prompt": False,
+             "ignore_eos": endless}
+        )  # fmt: skip
         return {"count": done["usage"]["completion_tokens"]}
 
     return answer, {"version": version("xllamacpp")}
 
 
-def vllm(model: str, dtype: str, threads: int) -> tuple[Answering, dict[str, Any]]:
+def vllm(
+    say: Say, model: str, dtype: str, context: int, endless: bool, threads: int
+) -> tuple[Answering, dict[str, Any]]:
     """vLLM on the CPU."""
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -120,11 +129,11 @@ def vllm(model: str, dtype: str, threads: int) -> tuple[Answering, dict[str, Any
     }
     import vllm
 
-    engine = vllm.LLM(model=model, dtype=dtype, enforce_eager=True, max_model_len=2048, enable_prefix_caching=False)
+    engine = vllm.LLM(model=model, dtype=dtype, enforce_eager=True, max_model_len=context, enable_prefix_caching=False)
 
-    def answer(prompt: list[int], new_tokens: int) -> Answer:
-        sampling = vllm.SamplingParams(temperature=0, max_tokens=new_tokens)
-        (done,) = engine.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+    def answer(asked: Asked) -> Answer:
+        sampling = vllm.SamplingParams(temperature=0, max_tokens=asked["new_tokens"], ignore_eos=endless)
+        (done,) = engine.generate([{"prompt_token_ids": asked["prompt"]}], sampling, use_tqdm=False)
         tokens = list(done.outputs[0].token_ids)
         return {"count": len(tokens), "tokens": tokens}
 
@@ -143,18 +152,18 @@ def main() -> None:
     """Answer until the standard input ends."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever an engine prints goes to the standard error
-    specification = json.loads(sys.argv[1])
-    answer, about = KINDS[specification.pop("kind")](**specification)
 
     def say(message: dict[str, Any]) -> None:
         channel.write(json.dumps(message) + "\n")
         channel.flush()
 
+    specification = json.loads(sys.argv[1])
+    answer, about = KINDS[specification.pop("kind")](say, **specification)
     say(about)
     for line in sys.stdin:
         asked = json.loads(line)
         start = time.perf_counter()
-        given = answer(asked["prompt"], asked["new_tokens"])
+        given = answer(asked)
         seconds = time.perf_counter() - start
         say({"seconds": seconds, "peak_mib": _peak_mib(), **given})
 

@@ -11,13 +11,12 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import Progress as Bar
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from nextn.data import TextStream, prompt_ids
-from nextn.decoding.compiled import Progress
 from nextn.decoding.engine import Engine, Generation
 from nextn.evaluation.acceptance import DEFINITIONS, Acceptance
 from nextn.evaluation.lossless import Check, agreement, check, float32_twin, near_tie_bound
@@ -46,12 +45,10 @@ class Run:
 Engines = dict[str, Engine]  # `plain` and `nextn`
 
 
-def engines(model: MultiTokenModel, compiling: Progress | None) -> Engines:
-    """Our engine without heads and with them, as machine code where `compiling` can show its progress."""
+def engines(model: MultiTokenModel, compile: bool) -> Engines:
+    """Our engine without heads and with them."""
     made = {"plain": model.engine(heads=1), "nextn": model.engine()}
-    if compiling is not None:
-        made = {way: engine.compile(compiling) for way, engine in made.items()}
-    return made
+    return {way: engine.compile() if compile else engine for way, engine in made.items()}
 
 
 def warm_up(model: MultiTokenModel, ours: Engines, prompt: list[int]) -> None:
@@ -113,22 +110,22 @@ def demo(
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
     max_new_tokens: int = 128,
-    compiling: Progress | None = None,
+    compile: bool = False,
 ) -> dict[str, Any]:
     """Run the demonstration; prints it, and returns the figures that `nextn demo --json` writes.
 
     Args:
-        compiling: run our engine as machine code; shown while it is compiled, see `Engine.compile`.
+        compile: run our engine as machine code.
     """
     n = model.multi_token.n
     legend = Text("tokens by who proposed them: trunk")
     for draft in range(1, n):
         legend.append(f"  draft {draft}", style=colour(draft))
     console.print(legend)
-    ours = engines(model, compiling)
+    ours = engines(model, compile)
     warm_up(model, ours, prompt_ids(tokenizer, "Hi"))
     runs = [run_prompt(model, ours, tokenizer, name, max_new_tokens, console) for name in PROMPTS]
-    with Bar(console=console, transient=True) as bar:
+    with Progress(console=console, transient=True) as bar:
         task = bar.add_task("checking every token against a float32 pass, one token a step", total=len(runs) + 1)
         bound = near_tie_bound(model.trunk, [run.plain.prompt + run.plain.tokens for run in runs[:1]], n)
         bar.advance(task)
@@ -142,7 +139,7 @@ def demo(
     console.print(acceptance_table(report))
     console.print(speed_table(report))
     dtype = str(model.trunk.dtype).removeprefix("torch.")
-    report["compiled"] = ours["nextn"].compiled
+    report["compiled"] = ours["nextn"].code is not None
     report |= {"new_tokens": max_new_tokens, "dtype": dtype, "near_tie_bound": bound, "machine": machine()}
     console.print(f"[dim]{DEFINITIONS}\n{conditions(report)}[/dim]", highlight=False)
     return report

@@ -171,6 +171,7 @@ def measure(
         "unexplained": sum(one.unexplained for one in checks),
         "bound": bound,
         "worst": max(one.worst for one in checks),
+        "compiled": engines[0].code is not None,
         "plain": dict(plain),
         "transformers": None if theirs is None else dict(theirs),
     }

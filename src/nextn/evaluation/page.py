@@ -9,17 +9,17 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
 from nextn.data import TextStream
 from nextn.evaluation.bench import conditions, tables
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 
 OURS, PLAIN, OTHERS = "#2563eb", "#93b4f5", "#b8bec9"
-PARTS = {"verify": "#2563eb", "draft": "#16a34a", "prefill": "#93b4f5", "loop": "#dc2626"}
+PART_COLOURS = {"verify": "#2563eb", "draft": "#16a34a", "loop": "#dc2626"}
 # Tokens that the trunk chose itself stay bare; draft 1, 2, 3 … have tints.
 TINTS = ("#bbf7d0", "#a5f3fc", "#f5d0fe", "#fef08a", "#bfdbfe", "#fecaca")
 
@@ -64,7 +64,8 @@ def speed_plot(found: dict[str, Any]) -> Figure:
     """Tokens per second by contender, with intervals."""
     speeds = found["overall"]["tokens_per_second"]
     names = sorted(speeds, key=lambda name: speeds[name]["value"])
-    figure, axes = plt.subplots(figsize=(8, 0.45 * len(names) + 0.8))
+    figure = Figure(figsize=(8, 0.45 * len(names) + 0.8))
+    axes = figure.subplots()
     colours = [OURS if name == "nextn" else PLAIN if name == "plain" else OTHERS for name in names]
     values = [speeds[name]["value"] for name in names]
     axes.barh(names, values, color=colours, xerr=_reach([speeds[name] for name in names]), ecolor="#4b5563")
@@ -80,7 +81,8 @@ def speedup_plot(found: dict[str, Any]) -> Figure:
     """How many times faster nextn is than each other, by category."""
     rows = {**found["by_category"], "all": found["overall"]}
     others = [name for name in found["overall"]["speedup"] if name in ("plain", "transformers", "transformers lookup")]
-    figure, axes = plt.subplots(figsize=(8, 3.4))
+    figure = Figure(figsize=(8, 3.4))
+    axes = figure.subplots()
     width = 0.8 / len(others)
     for order, (name, colour) in enumerate(zip(others, (PLAIN, OTHERS, "#6b7280"), strict=False)):
         ratios = [row["speedup"][name] for row in rows.values()]
@@ -98,7 +100,8 @@ def speedup_plot(found: dict[str, Any]) -> Figure:
 
 def acceptance_plot(found: dict[str, Any]) -> Figure:
     """Both kinds of acceptance by draft number, a line a category."""
-    figure, both = plt.subplots(1, 2, figsize=(8, 3), sharey=True)
+    figure = Figure(figsize=(8, 3))
+    both = figure.subplots(1, 2, sharey=True)
     drafts = range(1, found["n"])
     for axes, kind in zip(both, ("conditional", "cumulative"), strict=True):
         for name, row in {**found["by_category"], "all": found["overall"]}.items():
@@ -116,12 +119,13 @@ def acceptance_plot(found: dict[str, Any]) -> Figure:
 def split_plot(found: dict[str, Any]) -> Figure:
     """A step's parts beside the least time that its bytes take."""
     splits, lines = found["overall"]["time_split"], found["overall"]["roofline"]
-    figure, axes = plt.subplots(figsize=(8, 1.8))
+    figure = Figure(figsize=(8, 1.8))
+    axes = figure.subplots()
     for place, name in enumerate(reversed(splits)):
         left = 0.0
         for part in ("verify", "draft", "loop"):
             width = splits[name]["ms_per_step"][part]
-            axes.barh(place, width, left=left, color=PARTS[part], label=part if place == 0 else None)
+            axes.barh(place, width, left=left, color=PART_COLOURS[part], label=part if place == 0 else None)
             left += width
         limit = lines[name]["ms_by_bytes"]
         axes.plot([limit, limit], [place - 0.4, place + 0.4], color="#111827", linewidth=2,
@@ -150,9 +154,12 @@ def _tint(origin: int) -> str:
     return TINTS[(origin - 1) % len(TINTS)]
 
 
-def _reach(figures: list[dict[str, float]]) -> np.ndarray:
-    """How far intervals reach below and above their values [2, number]."""
-    return np.array([[one["value"] - one["low"] for one in figures], [one["high"] - one["value"] for one in figures]])
+def _reach(figures: list[dict[str, Any]]) -> np.ndarray:
+    """How far intervals reach below and above their values [2, number]; 0 where there is none."""
+    known = [
+        one if one["low"] is not None else dict.fromkeys(("value", "low", "high"), one["value"]) for one in figures
+    ]
+    return np.array([[one["value"] - one["low"] for one in known], [one["high"] - one["value"] for one in known]])
 
 
 def _plain(figure: Figure) -> Figure:
@@ -163,9 +170,8 @@ def _plain(figure: Figure) -> Figure:
 
 def _svg(figure: Figure) -> str:
     stored = io.StringIO()
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nextn", "font.family": "sans-serif"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "nextn", "font.family": "sans-serif"}):
         figure.savefig(stored, format="svg", bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
     drawn = stored.getvalue()
     return drawn[drawn.index("<svg") :]
 

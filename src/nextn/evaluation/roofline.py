@@ -22,7 +22,7 @@ def step_cost(engine: Engine) -> dict[str, int]:
         `weight_bytes`, `cache_bytes_per_position`, `operations` (two per weight and token), of trunk and heads
         together; `draft_weight_bytes` and `draft_operations`, the part of the heads.
     """
-    trunk, width = engine.trunk, engine.n + engine.padding
+    trunk, width = engine.trunk, engine.n
     sizes = {id(parameter): parameter.numel() for parameter in trunk.model.parameters()}
     if trunk.embedding.weight is not trunk.unembedding.weight:
         del sizes[id(trunk.embedding.weight)]
@@ -35,7 +35,9 @@ def step_cost(engine: Engine) -> dict[str, int]:
         # All states of a step go through the heads once; a recurrent module sees its own states after that.
         draft_operations = 2 * (own * (width + (heads.n - 2) * heads.recurrent) + table * (heads.n - 1))
     size = trunk.unembedding.weight.element_size()
-    layer_bytes = [sum(part.shape[1] * part.shape[3] for part in pair) * size for pair in engine.cache.buffers]
+    caches = [engine.cache, *(engine.drafter.caches if isinstance(engine.drafter, HeadDrafter) else [])]
+    pairs = [pair for cache in caches for pair in cache.buffers]
+    layer_bytes = [sum(part.shape[1] * part.shape[3] * part.element_size() for part in pair) for pair in pairs]
     return {
         "weight_bytes": (weights + draft_weights) * size,
         "draft_weight_bytes": draft_weights * size,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from nextn.decoding.engine import Generation
 from nextn.evaluation import contenders
@@ -42,51 +41,75 @@ class Contender:
 
     def __init__(self, name: str, specification: dict[str, Any], python: str = sys.executable) -> None:
         self.name, self.specification, self.python = name, specification, python
+        self.about: dict[str, Any] = {}
+        self._process: subprocess.Popen[str] | None = None
 
-    def start(self) -> None:
+    def start(self, say: Callable[[str], None] = lambda message: None) -> None:
         """Load it; returns when it is ready to answer.
+
+        Args:
+            say: told what it does meanwhile.
 
         Raises:
             BenchError: where it cannot be loaded.
         """
-        self._launch()
-        if self.about.get("fresh"):  # compiling takes memory that decoding does not: start again
+        self._launch(say)
+        if self.about.get("compiled_here"):  # compiling takes memory that decoding does not: start again
             self.stop()
-            self._launch()
+            self._launch(say)
 
-    def _launch(self) -> None:
+    def _launch(self, say: Callable[[str], None]) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
-        self._process = subprocess.Popen(
-            [self.python, contenders.__file__, json.dumps(self.specification)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
-        self.about = self._read()
+        try:
+            self._process = subprocess.Popen(
+                [self.python, contenders.__file__, json.dumps(self.specification)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+                env=os.environ | {"PYTHONSAFEPATH": "1"},  # or the files beside the script would hide modules
+            )
+        except OSError as error:
+            raise BenchError(f"{self.name} cannot be started with {self.python}: {error.strerror}.") from None
+        while "doing" in (message := self._read()):
+            say(message["doing"])
+        self.about = message
 
-    def answer(self, prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
+    def answer(self, prompt: Sequence[int], new_tokens: int, replay: Sequence[int] | None = None) -> dict[str, Any]:
         """Its answer to token ids: `seconds`, `count`, `peak_mib` and what `nextn.evaluation.contenders` says."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompt": list(prompt), "new_tokens": new_tokens}) + "\n")
-        self._process.stdin.flush()
+        assert self._process is not None and self._process.stdin is not None
+        asked = {"prompt": list(prompt), "new_tokens": new_tokens, "replay": replay and list(replay)}
+        try:
+            self._process.stdin.write(json.dumps(asked) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            self._raise_ended()
         return self._read()
 
     def stop(self) -> None:
         """End the process."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        self._process.wait()
+        if self._process is None:
+            return
+        try:
+            self._process.communicate(timeout=20)  # closes its standard input
+        except (OSError, subprocess.TimeoutExpired):
+            self._process.kill()
+            self._process.wait()
+        self._process = None
 
     def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
+        assert self._process is not None and self._process.stdout is not None
         line = self._process.stdout.readline()
-        if line:
-            return json.loads(line)
-        self._process.wait()
+        if not line:
+            self._raise_ended()
+        return json.loads(line)
+
+    def _raise_ended(self) -> NoReturn:
+        assert self._process is not None
+        status = self._process.wait()
         self._errors.seek(0)
         said = self._errors.read().strip().splitlines() or ["it said nothing"]
-        raise BenchError(f"{self.name} ended (exit status {self._process.returncode}): {said[-1]}")
+        raise BenchError(f"{self.name} ended (exit status {status}): {said[-1]}")
 
 
 @dataclass
@@ -106,6 +129,7 @@ class Timing:
     seconds: list[float] = field(default_factory=list)
     parts: list[dict[str, float]] = field(default_factory=list)
     answer: dict[str, Any] = field(default_factory=dict)  # of the last repeat
+    steady: bool = True  # whether all repeats gave the same tokens
 
 
 Timings = dict[str, list[Timing]]  # by contender, in the order of the prompts
@@ -116,9 +140,13 @@ def race(
     prompts: Sequence[Prompt],
     new_tokens: int,
     repeats: int,
+    trace: Sequence[Sequence[int]] | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> Timings:
-    """Let started contenders answer every prompt `repeats` times, one at a time, in an order that rotates.
+    """Let started contenders answer every prompt `repeats` times, one at a time, each time in another order.
+
+    Args:
+        trace: for each prompt how many drafts of ours are to stand, step by step, or one list for all.
 
     Raises:
         BenchError: where one ends.
@@ -126,51 +154,57 @@ def race(
     timings: Timings = {one.name: [Timing() for _ in prompts] for one in running}
     for one in running:
         one.answer(prompts[0].ids, 16)  # whatever a first call pays for
-    for repeat in range(repeats):
+    shuffled = random.Random(0)
+    for _ in range(repeats):
         for place, prompt in enumerate(prompts):
-            first = (place + repeat) % len(running)
-            for one in (*running[first:], *running[:first]):
-                answer = one.answer(prompt.ids, new_tokens)
-                timing = timings[one.name][place]
-                timing.count = answer["count"]
-                timing.seconds.append(answer["seconds"])
-                timing.parts.append(answer.get("parts", {}))
-                timing.answer = answer
+            for one in shuffled.sample(running, len(running)):
+                replay = trace[place % len(trace)] if trace and one.name == "nextn" else None
+                _note(timings[one.name][place], one.answer(prompt.ids, new_tokens, replay))
                 advance()
     return timings
+
+
+def _note(timing: Timing, answer: dict[str, Any]) -> None:
+    timing.steady &= not timing.answer or timing.answer.get("tokens") == answer.get("tokens")
+    timing.count = answer["count"]
+    timing.seconds.append(answer["seconds"])
+    timing.parts.append(answer.get("parts", {}))
+    timing.answer = answer
 
 
 # --- from timings to figures --------------------------------------------------------------------------------------
 
 
-def with_interval(figure: Callable[[np.ndarray], np.ndarray], count: int) -> dict[str, float]:
-    """A figure over prompts and its 95% interval: a bootstrap over the prompts (2,000 draws).
+def speeds(timings: Timings, places: Sequence[int], ours: str = "nextn", draws: int = 2000) -> dict[str, Any]:
+    """`tokens_per_second` by contender and `speedup` of ours over each: tokens over median seconds, both summed.
 
-    Args:
-        figure: from indices of prompts [..., count] to the figure of each draw [...].
+    The 95% intervals are a bootstrap: prompts are drawn anew, and within each prompt its repeats. With one prompt and
+    one repeat there is none (`low` and `high` are None).
     """
-    draws = figure(np.random.default_rng(0).integers(0, count, (2000, count)))
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return {"value": float(figure(np.arange(count))), "low": float(low), "high": float(high)}
+    generator = np.random.default_rng(0)
+    count, repeats = len(places), len(timings[ours][places[0]].seconds)
+    drawn = generator.integers(0, count, (draws, count))
+    again = generator.integers(0, repeats, (draws, count, repeats))
+    values: dict[str, float] = {}
+    samples: dict[str, np.ndarray] = {}
+    for name, timing in timings.items():
+        tokens = np.array([timing[place].count for place in places])
+        seconds = np.array([timing[place].seconds for place in places])  # [prompts, repeats]
+        values[name] = float(tokens.sum() / np.median(seconds, axis=1).sum())
+        spent = np.median(np.take_along_axis(seconds[drawn], again, axis=2), axis=2)
+        samples[name] = tokens[drawn].sum(axis=1) / spent.sum(axis=1)
 
-
-def speeds(timings: Timings, places: Sequence[int], ours: str = "nextn") -> dict[str, Any]:
-    """`tokens_per_second` by contender and `speedup` of ours over each: tokens over median seconds, both summed."""
-    counts = {name: np.array([timing[place].count for place in places]) for name, timing in timings.items()}
-    seconds = {
-        name: np.array([statistics.median(timing[place].seconds) for place in places])
-        for name, timing in timings.items()
-    }
-
-    def speed(name: str) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda chosen: counts[name][chosen].sum(-1) / seconds[name][chosen].sum(-1)
-
-    def over(name: str) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda chosen: speed(ours)(chosen) / speed(name)(chosen)
+    def figure(value: float, sample: np.ndarray) -> dict[str, float | None]:
+        if count * repeats == 1:
+            return {"value": value, "low": None, "high": None}
+        low, high = np.percentile(sample, [2.5, 97.5])
+        return {"value": value, "low": float(low), "high": float(high)}
 
     return {
-        "tokens_per_second": {name: with_interval(speed(name), len(places)) for name in timings},
-        "speedup": {name: with_interval(over(name), len(places)) for name in timings if name != ours},
+        "tokens_per_second": {name: figure(values[name], samples[name]) for name in timings},
+        "speedup": {
+            name: figure(values[ours] / values[name], samples[ours] / samples[name]) for name in timings if name != ours
+        },
     }
 
 
@@ -223,6 +257,47 @@ def generations(timings: Sequence[Timing], prompts: Sequence[Prompt]) -> list[Ge
     ]
 
 
+@dataclass
+class Comparison:
+    """What the texts amount to, prompt by prompt.
+
+    verdicts: how the text with heads compares with the plain one, see `agreement`.
+    checks, plain_checks: of both texts against a float32 trunk.
+    """
+
+    verdicts: list[str]
+    checks: list[Check]
+    plain_checks: list[Check]
+
+
+def compare_texts(reference: Trunk, timings: Timings, prompts: Sequence[Prompt], near_tie: float) -> Comparison:
+    """Check the text with heads and the plain one, every token, against a float32 trunk."""
+    ours, plain = (generations(timings[name], prompts) for name in ("nextn", "plain"))
+    checks, plain_checks = ([Check.of([one], near_tie) for one in gaps(reference, texts)] for texts in (ours, plain))
+    return Comparison(agreement(reference, ours, [other.tokens for other in plain], near_tie), checks, plain_checks)
+
+
+def text_figures(compared: Comparison | None, places: Sequence[int]) -> dict[str, Any]:
+    """Counts over some of the prompts, None where acceptance was replayed and so nothing was checked.
+
+    `identical` texts, those that `part_at_a_near_tie`, those that `differ`; `near_ties` and `unexplained` tokens with
+    heads, their `worst` gap, and `plain_unexplained` tokens.
+    """
+    names = ("identical", "part_at_a_near_tie", "differ", "near_ties", "unexplained", "worst", "plain_unexplained")
+    if compared is None:
+        return dict.fromkeys(names)
+    verdicts = [compared.verdicts[place] for place in places]
+    checks = [compared.checks[place] for place in places]
+    counts = (
+        *(verdicts.count(verdict) for verdict in ("identical", "near tie", "differs")),
+        sum(one.near_ties for one in checks),
+        sum(one.unexplained for one in checks),
+        max(one.worst for one in checks),
+        sum(compared.plain_checks[place].unexplained for place in places),
+    )
+    return dict(zip(names, counts, strict=True))
+
+
 def figures(
     timings: Timings,
     prompts: Sequence[Prompt],
@@ -230,97 +305,25 @@ def figures(
     n: int,
     costs: dict[str, dict[str, int]],
     machine: dict[str, float],
-    texts: Sequence[str] | None,
-    checks: Sequence[Check] | None,
+    compared: Comparison | None,
 ) -> dict[str, Any]:
     """The figures over some of the prompts (`places`), as `nextn bench --json` writes them.
 
     Args:
         costs: `step_cost` of our contenders, by name.
-        texts: how each text with heads compares with the plain one (`agreement`); None where acceptance was replayed.
-        checks: of each text with heads; None likewise.
+        machine: what `measure_machine` gave.
+        compared: None where acceptance was replayed.
     """
     chosen = [prompts[place] for place in places]
     of = {name: [timings[name][place] for place in places] for name in costs}
-    answers = generations(of["nextn"], chosen)
     report = {
         "prompts": len(places),
-        **acceptance_json(Acceptance.of(answers, n)),
+        **acceptance_json(Acceptance.of(generations(of["nextn"], chosen), n)),
         **speeds(timings, places),
+        **text_figures(compared, places),
         "time_split": {name: time_split(timing) for name, timing in of.items()},
         "roofline": {name: roofline(timing, chosen, costs[name], machine) for name, timing in of.items()},
     }
-    plain, step = (report["time_split"][name]["ms_per_step"] for name in ("plain", "nextn"))
-    report["step_over_plain_step"] = sum(step[part] for part in ("verify", "draft", "loop")) / sum(
-        plain[part] for part in ("verify", "loop")
-    )
-    if texts is not None and checks is not None:
-        report |= {
-            "identical": sum(texts[place] == "identical" for place in places),
-            "near_ties": sum(checks[place].near_ties for place in places),
-            "unexplained": sum(checks[place].unexplained for place in places),
-        }
-    else:
-        report |= {"identical": None, "near_ties": None, "unexplained": None}
+    lines = report["roofline"]
+    report["step_over_plain_step"] = lines["nextn"]["step_ms"] / lines["plain"]["step_ms"]
     return report
-
-
-def compare_texts(
-    reference: Trunk, timings: Timings, prompts: Sequence[Prompt], near_tie: float
-) -> tuple[list[str], list[Check]]:
-    """How each text with heads compares with the plain one, and the check of each against a float32 trunk."""
-    ours, plain = (generations(timings[name], prompts) for name in ("nextn", "plain"))
-    checks = [Check.of([found], near_tie) for found in gaps(reference, ours)]
-    return agreement(reference, ours, [other.tokens for other in plain], near_tie), checks
-
-
-# --- replayed acceptance ------------------------------------------------------------------------------------------
-
-
-def read_trace(trace: str, drafts: int) -> list[int]:
-    """How many drafts stood, step by step: from what `nextn bench --json` wrote, or made up for a τ given as a number.
-
-    Raises:
-        BenchError: for a τ that the drafts cannot give, or a file that holds no trace.
-    """
-    try:
-        tau = float(trace)
-    except ValueError:
-        return _recorded(Path(trace), drafts)
-    if not 1 <= tau <= 1 + drafts:
-        raise BenchError(
-            f"τ {trace} cannot be replayed: with {drafts} drafts a step it lies between 1 and {1 + drafts}."
-        )
-    steps = np.floor(np.arange(1, 101) * (tau - 1) + 1e-9).astype(int)
-    return np.diff(steps, prepend=0).tolist()
-
-
-def _recorded(path: Path, drafts: int) -> list[int]:
-    try:
-        found = json.loads(path.read_text())["trace"]
-        accepted = [int(count) for counts in found for count in counts]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise BenchError(
-            f"{path} holds no recorded acceptances; give a file of `nextn bench --json`, or a τ."
-        ) from None
-    if not accepted or max(accepted) > drafts or min(accepted) < 0:
-        raise BenchError(f"{path} was recorded with another number of drafts; these heads make {drafts}.")
-    return accepted
-
-
-def replaying(verify: Callable[..., Any], trace: Iterator[int]) -> Callable[..., Any]:
-    """The step, with as many drafts standing as the trace says instead of as many as the trunk agrees with.
-
-    It costs what a real step costs; the text is not the trunk's.
-    """
-
-    def step(pending: Tensor, drafts: Tensor, lengths: Tensor, ends: Tensor, *cache: Any) -> tuple[Tensor, ...]:
-        targets, _, _, _, tapped, _ = verify(pending, drafts, lengths, ends, *cache)
-        accepted = torch.tensor([next(trace) for _ in pending], device=pending.device)
-        places = torch.arange(targets.shape[1], device=pending.device)
-        positions = lengths[:, None] + places
-        standing = torch.where((places <= accepted[:, None]) & (positions < ends[:, None]), positions, -1)
-        newest = targets.gather(1, accepted[:, None])[:, 0]
-        return targets, accepted, newest, lengths + accepted + 1, tapped, standing
-
-    return step

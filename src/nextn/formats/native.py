@@ -180,7 +180,7 @@ def load(
     Raises:
         FormatError: for a missing or truncated file, or heads that do not fit the base.
     """
-    directory = _with_heads(directory)
+    directory = heads_directory(directory)
     description = describe(directory)
     try:
         config = MultiTokenConfig(**description["multi_token"])
@@ -197,12 +197,13 @@ def load(
 
 def base_of(directory: str | Path) -> str:
     """Where the base model of heads is: beside them, or where they say."""
-    directory = _with_heads(directory)
+    directory = heads_directory(directory)
     name = describe(directory)["base"]["name"]
     return str(directory) if (directory / "config.json").is_file() else find(name)
 
 
-def _with_heads(directory: str | Path) -> Path:
+def heads_directory(directory: str | Path) -> Path:
+    """Where heads are: the shipped ones by the name of the bundled model, any other where the path says."""
     return shipped_heads() if str(directory) == BUNDLED else Path(directory)
 
 
@@ -305,7 +306,7 @@ def open_for_decoding(
 
 def check_tokenizer(directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer that is not the one that the heads in a directory were trained with."""
-    stated = describe(_with_heads(directory))["base"].get("tokenizer")
+    stated = describe(heads_directory(directory))["base"].get("tokenizer")
     if stated is not None and stated != hash_of_tokenizer(tokenizer):
         raise FormatError(
             f"The heads in {directory} were trained with another tokenizer than {tokenizer.name_or_path} has; "
@@ -333,7 +334,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def contents(directory: str | Path) -> dict[str, Any]:
     """What a directory holds: base, hash, heads, and parameters and bytes of each part of the heads."""
-    directory = _with_heads(directory)
+    directory = heads_directory(directory)
     description = describe(directory)
     tensors = _read_tensors(Path(directory) / EXTRA / "heads.safetensors")
     parts: dict[str, dict[str, int]] = {}
