@@ -25,7 +25,7 @@ TINTS = ("#bbf7d0", "#a5f3fc", "#f5d0fe", "#fef08a", "#bfdbfe", "#fecaca")
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.5rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.5rem; } h3 { font-size: .95rem; }
 svg { width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: .85rem; margin: 1rem 0; }
 td, th { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e5e7eb; font-weight: normal; }
