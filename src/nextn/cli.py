@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 app = typer.Typer(
     help="Multi-token prediction for any Hugging Face causal language model: train heads, decode losslessly.",
@@ -43,7 +44,7 @@ def _plainly(verb: Callable[..., None]) -> Callable[..., None]:
         try:
             verb(*args, **kwargs)
         except (ValueError, OSError) as error:
-            Console(stderr=True).print(f"[red]nextn:[/red] {error}", highlight=False)
+            Console(stderr=True).print(Text.assemble(("nextn: ", "red"), str(error)))
             raise typer.Exit(1) from None
 
     return run
@@ -216,6 +217,8 @@ def bench(
     for file in (json_file, html):
         if file is not None:
             writable(file.parent)
+            if file.is_dir():
+                raise ValueError(f"{file} is a directory; name a file.")
     wanted = str(best_dtype()).removeprefix("torch.") if dtype == "auto" else dtype
     settings = Settings(
         model=model,

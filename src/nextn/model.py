@@ -182,7 +182,7 @@ class MultiTokenModel(PreTrainedModel):
             streamer: a transformers streamer (batch 1).
             compile: run the step as machine code. It is compiled once a machine for each batch size, which takes
                 minutes, and loaded in seconds after that. When weights have changed it is compiled anew; a change
-                through `parameter.data` goes unnoticed.
+                through `parameter.data`, or of anything but tensors (an adapter switched off), goes unnoticed.
 
         Returns:
             input_ids and the new tokens [B, T + new], shorter rows filled with pad_token_id.
@@ -224,7 +224,7 @@ class MultiTokenModel(PreTrainedModel):
     def _compiled_engine(self, rows: int, heads: int | None) -> Engine:
         engine = self.engine(rows, heads)
         tensors = (*self.parameters(), *self.buffers())
-        weights = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        weights = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
         found = self._code.get((rows, heads))
         if found is None or found[0] != weights:
             found = self._code[rows, heads] = weights, engine.compile().code

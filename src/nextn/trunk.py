@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,6 +60,7 @@ class Trunk:
         self.unembedding: nn.Linear = model.get_output_embeddings()
         self.layer_types: list[str] = _layer_types(self.config)
         rotary_arguments = inspect.signature(self.decoder.rotary_emb.forward).parameters
+        self.rotary: nn.Module = self.decoder.rotary_emb
         self._rotary_by_type = "layer_type" in rotary_arguments
 
     # --- what it is -------------------------------------------------------------------------------------------
@@ -73,13 +75,8 @@ class Trunk:
 
     @property
     def max_length(self) -> int:
-        """The context: how many positions the host was made for.
-
-        With `longrope` (Phi-3), where its short factors end: past that it rotates all positions otherwise, and what
-        the cache holds would no longer be the plain model's.
-        """
-        ends = [rope["original_max_position_embeddings"] for rope in _ropes(self.config, "longrope")]
-        return int(min([self.config.max_position_embeddings, *ends]))
+        """The context, see `context_length`."""
+        return context_length(self.config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,6 +93,14 @@ class Trunk:
     def window(self, layer_type: str) -> int | None:
         """How many keys a query of this layer type sees, itself included; None where it sees all."""
         return int(self.config.sliding_window) if layer_type == "sliding_attention" else None
+
+    def settings(self) -> str:
+        """The host's config, and which attention and experts it runs, but not where it came from."""
+        settings = self.config.to_dict()
+        for name in ("_name_or_path", "transformers_version"):
+            settings.pop(name, None)
+        implementations = (self.config._attn_implementation, getattr(self.config, "_experts_implementation", None))
+        return f"{json.dumps(settings, sort_keys=True, default=str)} {implementations}"
 
     # --- parts for heads --------------------------------------------------------------------------------------
 
@@ -391,6 +396,16 @@ def _layer_types(config: Any) -> list[str]:
         return list(named)[: config.num_hidden_layers]
     sliding = getattr(config, "sliding_window", None) is not None
     return ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
+
+
+def context_length(config: Any) -> int:
+    """How many positions a host was made for.
+
+    With `longrope` (Phi-3), where its short factors end: past that it rotates all positions otherwise, and what the
+    cache holds would no longer be the plain model's.
+    """
+    ends = [rope["original_max_position_embeddings"] for rope in _ropes(config, "longrope")]
+    return int(min([config.max_position_embeddings, *ends]))
 
 
 def _ropes(config: Any, rope_type: str) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ loads it in about a second.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -21,7 +22,6 @@ from typing import Any
 
 import torch
 import transformers
-from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -68,13 +68,13 @@ def compiled(module: nn.Module, inputs: tuple[Any, ...], progress: Progress = on
         _require_compiler()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with progress(f"compiling {name} (a minute or two; kept for the next time)"), FileLock(f"{path}.lock"):
-                if not path.is_file():  # another process may have been faster
-                    _build(module, inputs, path)
+            with progress(f"compiling {name} (a minute or two; kept for the next time)"):
+                _build(module, inputs, path)
         except OSError as error:
             raise CompileError(f"{path.parent} cannot be written ({_first_line(error)})") from None
-    function = _flat(_load(path).loader.run)
-    return _Graphed(function) if inputs[0].device.type == "cuda" else function
+    on_gpu = inputs[0].device.type == "cuda"
+    function = _flat(_load(path, on_gpu).loader.run)
+    return _Graphed(function) if on_gpu else function
 
 
 def package_directory() -> Path:
@@ -99,9 +99,10 @@ def _build(module: nn.Module, inputs: tuple[Any, ...], path: Path) -> None:
         made.rename(path)
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, on_gpu: bool) -> Any:
     try:
-        return torch._inductor.aoti_load_package(str(path))
+        # Run from one thread, the code waits for no event, which a CUDA graph could not capture.
+        return torch._inductor.aoti_load_package(str(path), run_single_threaded=on_gpu)
     except RuntimeError as error:
         if zipfile.is_zipfile(path):
             raise CompileError(f"{path} cannot be loaded: {_first_line(error)}") from None
@@ -126,13 +127,11 @@ def key(module: nn.Module, inputs: tuple[Any, ...]) -> str:
     for part in ("trunk.py", "output.py", "heads/*.py", "decoding/*.py"):
         for path in sorted(house.glob(part)):
             digest.update(path.read_bytes())
-    config: Any = module.trunk.config  # type: ignore[union-attr]
-    versions = (torch.__version__, transformers.__version__, _machine(inputs[0].device))
-    digest.update(f"{versions} {config.to_json_string(use_diff=False)} {config._attn_implementation}".encode())
+    trunk: Any = module.trunk
+    digest.update(f"{torch.__version__} {transformers.__version__} {_machine(inputs[0].device)}".encode())
+    digest.update(trunk.settings().encode())
     for name, part in module.named_modules():
-        settings = {key: value for key, value in vars(part).items() if isinstance(value, int | float | str)}
-        settings.pop("name_or_path", None)
-        digest.update(f"{name} {type(part).__name__} {sorted(settings.items())}".encode())
+        digest.update(f"{name} {type(part).__name__} {_plain_attributes(part)}".encode())
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         stored: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
@@ -144,6 +143,19 @@ def key(module: nn.Module, inputs: tuple[Any, ...]) -> str:
     return digest.hexdigest()[:24]
 
 
+def _plain_attributes(module: nn.Module) -> str:
+    """What a module holds beside tensors and modules, as far as JSON can say it."""
+    plain = {}
+    for name, value in vars(module).items():
+        if name == "name_or_path":  # the same weights elsewhere are the same weights
+            continue
+        try:
+            plain[name] = json.dumps(value, sort_keys=True)
+        except (TypeError, ValueError):
+            continue
+    return str(sorted(plain.items()))
+
+
 def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -153,6 +165,24 @@ def _machine(device: torch.device) -> str:
     except OSError:
         processor = [platform.processor(), platform.machine()]
     return f"{processor} {torch.get_num_threads()}"
+
+
+def recall(name: str) -> int | None:
+    """A number that was measured on this machine before, if it was."""
+    try:
+        return int((package_directory() / name).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def remember(name: str, value: int) -> None:
+    """Keep a measured number for the next process, where the directory can be written."""
+    partial = package_directory() / f"{name}.{os.getpid()}"
+    try:
+        partial.write_text(str(value))
+        partial.replace(package_directory() / name)
+    except OSError:
+        return
 
 
 def _require_compiler() -> None:

@@ -88,7 +88,7 @@ class Draft(nn.Module):
         super().__init__()
         self.heads = heads
         # Whoever exports this module must find in it all weights that heads ask the trunk for.
-        self.asked = nn.ModuleList([trunk.embedding, trunk.unembedding, trunk.norm, trunk.decoder.rotary_emb])
+        self.asked = nn.ModuleList([trunk.embedding, trunk.unembedding, trunk.norm, trunk.rotary])
         self.trunk, self.dtype = trunk, next(heads.parameters()).dtype
 
     def forward(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextn.decoding.compiled import CompileError, Progress, compiled, key, on_stderr, package_directory
+from nextn.decoding.compiled import CompileError, Progress, compiled, key, on_stderr, recall, remember
 from nextn.decoding.drafting import Draft, Drafter, HeadDrafter
 from nextn.decoding.verify import Verify
 from nextn.output import best
@@ -149,9 +149,9 @@ class Engine:
 
     def _compile_plain(self, progress: Progress) -> Code:
         """The bare or the padded step, whichever is faster; measured once a machine."""
-        note = package_directory() / f"padding-{key(Verify(self.trunk, self.tap), self._example(0))}"
-        if note.is_file():
-            return self._compile_verify(int(note.read_text()), progress)
+        note = f"padding-{key(Verify(self.trunk, self.tap), self._example(0))}"
+        if (known := recall(note)) is not None:
+            return self._compile_verify(known, progress)
         codes = [self._compile_verify(padding, progress) for padding in (0, PADDING)]
         examples = [self._example(code.padding) for code in codes]
         times: list[list[float]] = [[], []]
@@ -162,7 +162,7 @@ class Engine:
                 spent.append(time.perf_counter() - start)
         bare, padded = (statistics.median(spent) for spent in times)
         chosen = codes[int(padded < bare)]
-        note.write_text(str(chosen.padding))
+        remember(note, chosen.padding)
         return chosen
 
     def _compile_verify(self, padding: int, progress: Progress) -> Code:

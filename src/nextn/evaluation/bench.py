@@ -31,6 +31,7 @@ from nextn.evaluation.speed import (
     Comparison,
     Contender,
     Prompt,
+    Timing,
     Timings,
     compare_texts,
     figures,
@@ -38,7 +39,7 @@ from nextn.evaluation.speed import (
     race,
 )
 from nextn.formats.native import base_of, describe, heads_directory, load_base, load_tokenizer, named_dtype
-from nextn.trunk import Trunk
+from nextn.trunk import Trunk, context_length
 
 
 @dataclass
@@ -81,9 +82,16 @@ def bench(settings: Settings, console: Console) -> dict[str, Any]:
     running = field_of(settings, base, prompts, console)
     with ExitStack() as cleanup:
         with _progress(console) as bar:
-            for one in running:
+            for one in list(running):
                 cleanup.callback(one.stop)
-                _start(one, bar)
+                try:
+                    _start(one, bar)
+                except BenchError as error:
+                    if not one.optional:
+                        raise
+                    console.print(f"left out: {error}", markup=False)
+                    running.remove(one)
+        compiled = compiled_alike(running, console)
         costs = {one.name: one.about["cost"] for one in running if "cost" in one.about}
         limits = measure_machine(named_dtype(settings.dtype), costs["nextn"]["weight_bytes"])
         with _progress(console) as bar:
@@ -94,15 +102,26 @@ def bench(settings: Settings, console: Console) -> dict[str, Any]:
     if settings.replay is None:
         with console.status("checking every token against a float32 pass, one token a step"):
             near_tie, compared = check_texts(settings, base, timings, prompts, n)
-    return report(settings, running, prompts, timings, n, costs, limits, near_tie, compared)
+    found = report(settings, running, prompts, timings, n, costs, limits, near_tie, compared)
+    return found | {"compiled": compiled}
 
 
 def _start(one: Contender, bar: Progress) -> None:
     task = bar.add_task(f"starting {one.name}", total=None)
     one.start(lambda doing: bar.update(task, description=f"{one.name}: {doing}"))
     bar.remove_task(task)
-    if why := one.about.get("why_eager"):
-        raise BenchError(f"{one.name} cannot be compiled: {why}. Measure it eagerly with --eager.")
+
+
+def compiled_alike(running: Sequence[Contender], console: Console) -> bool:
+    """Whether our engine runs as machine code; with heads and without alike, or the comparison would not be fair."""
+    ours = [one for one in running if "compiled" in one.about]
+    for one in ours:
+        if why := one.about["why_eager"]:
+            console.print(f"{one.name} runs eagerly: {why}", markup=False)
+    states = {one.about["compiled"] for one in ours}
+    if len(states) > 1:
+        raise BenchError("Of our engine only one of plain and with heads could be compiled; measure with --eager.")
+    return states == {True}
 
 
 def check_texts(
@@ -138,7 +157,6 @@ def report(
         "batch": 1,
         "new_tokens": settings.new_tokens,
         "repeats": settings.repeats,
-        "compiled": not settings.eager,
         "replay": settings.replay,
         "near_tie_bound": near_tie,
         "overall": figures(timings, prompts, range(len(prompts)), n, costs, limits, compared),
@@ -159,7 +177,11 @@ def read(settings: Settings, base: str, console: Console) -> list[Prompt]:
     records = [{"category": name, "prompt": text} for name, text in PROMPTS.items()]
     if settings.prompts is not None:
         records = interleaved(read_prompts(settings.prompts))
-    tokenizer, room = load_tokenizer(base), _context(base) - settings.new_tokens
+    for record in records:
+        if not isinstance(category := record.get("category", "all prompts"), str) or category == "all":
+            raise BenchError(f"The category {category!r} of a prompt is no text, or the name of the whole ('all').")
+    context = context_length(AutoConfig.from_pretrained(base).get_text_config())
+    tokenizer, room = load_tokenizer(base), context - settings.new_tokens
     prompts = [
         Prompt(record.get("category", "all prompts"), record["prompt"], prompt_ids(tokenizer, record["prompt"]))
         for record in records[: settings.count]
@@ -170,10 +192,6 @@ def read(settings: Settings, base: str, console: Console) -> list[Prompt]:
     if left_out := len(prompts) - len(fitting):
         console.print(f"{left_out} prompts are too long for {settings.new_tokens} new tokens, and left out")
     return fitting
-
-
-def _context(base: str) -> int:
-    return int(AutoConfig.from_pretrained(base).get_text_config().max_position_embeddings)
 
 
 def field_of(settings: Settings, base: str, prompts: Sequence[Prompt], console: Console) -> list[Contender]:
@@ -193,7 +211,8 @@ def field_of(settings: Settings, base: str, prompts: Sequence[Prompt], console: 
         Contender("transformers lookup", theirs | {"settings": {"prompt_lookup_num_tokens": 4}}),
     ]
     if getattr(AutoConfig.from_pretrained(base), "num_mtp_layers", 0):
-        found.append(Contender("transformers mtp", theirs | {"settings": {"use_mtp": True}}))
+        # The config may name MTP layers that the checkpoint does not have.
+        found.append(Contender("transformers mtp", theirs | {"settings": {"use_mtp": True}}, optional=True))
     if settings.gguf and not _installed("xllamacpp"):
         raise BenchError("GGUF files are given, but there is no llama.cpp here: pip install xllamacpp.")
     if not settings.gguf and _installed("xllamacpp"):
@@ -217,15 +236,20 @@ def _installed(package: str) -> bool:
 def contender_json(one: Contender, timings: Timings) -> dict[str, Any]:
     """A contender's settings, version and peak memory."""
     about = {key: value for key, value in one.about.items() if key not in ("cost", "compiled_here", "why_eager")}
-    settings = {key: value for key, value in one.specification.items() if key not in ("model", "gguf", "replay")}
+    settings = {key: value for key, value in one.specification.items() if key not in ("model", "gguf")}
     return (
         settings
         | about
         | {
             "peak_mib": max(timing.answer["peak_mib"] for timing in timings[one.name]),
-            "same_text_every_repeat": all(timing.steady for timing in timings[one.name]),
+            "same_text_every_repeat": _steady(timings[one.name]),
         }
     )
+
+
+def _steady(timing: Sequence[Timing]) -> bool | None:
+    """Whether every repeat gave the same text; None where the engine does not give its tokens."""
+    return None if "tokens" not in timing[0].answer else all(one.steady for one in timing)
 
 
 def sample(timings: Timings, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -289,7 +313,7 @@ def conditions(found: dict[str, Any]) -> str:
     here, overall = found["machine"], found["overall"]
     way = "compiled" if found["compiled"] else "eager"
     lines = [
-        f"{here['accelerator'] or here['processor']}, {here['threads']} threads, {found['dtype']}, batch 1, greedy, "
+        f"{here['processor']}, {here['threads']} threads, {found['dtype']}, batch 1, greedy, "
         f"{overall['prompts']} prompts, {found['new_tokens']} new tokens, median of {found['repeats']} repeats, {way}. "
         f"Measured: {here['bandwidth'] / 1e9:.1f} GB/s, {here['rate'] / 1e9:,.0f} GFLOP/s. A step with drafts takes "
         f"{overall['step_over_plain_step']:.2f} times a plain one.",
@@ -304,6 +328,9 @@ def conditions(found: dict[str, Any]) -> str:
     else:
         ties = f"Acceptance was replayed ({found['replay']}): the text is not the trunk's and was not checked."
     lines.insert(1, ties)
+    for name in ("nextn", "plain"):
+        if not found["contenders"][name]["same_text_every_repeat"]:
+            lines.append(f"Repeats of {name} gave different texts; the last ones were checked.")
     return "\n".join(lines)
 
 

@@ -68,7 +68,7 @@ def nextn(
 
     answer({"prompt": [0, 0], "new_tokens": 8})
     about = {"compiled": engine.code is not None, "why_eager": engine.why_eager, "padding": engine.padding,
-             "cost": step_cost(engine), "compiled_here": bool(compiled_here)}  # fmt: skip
+             "cost": step_cost(engine), "compiled_here": bool(compiled_here and engine.code)}  # fmt: skip
     return answer, about
 
 

@@ -198,7 +198,7 @@ def conditions(report: dict[str, Any]) -> str:
     """Where and how the figures came about, in one line."""
     here = report["machine"]
     return (
-        f"{here['accelerator'] or here['processor']}, {here['threads']} threads, {report['dtype']}, batch 1, one run, "
+        f"{here['processor']}, {here['threads']} threads, {report['dtype']}, batch 1, one run, "
         f"our engine {'compiled' if report['compiled'] else 'eager'}. "
         f"Near ties are tokens within {report['near_tie_bound']:.3g} logits of the best one of a float32 pass, one "
         "token a step: there the width of a pass decides, and the texts may part. In float32 they are rare "

@@ -7,7 +7,6 @@ import io
 from collections.abc import Iterable
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -15,8 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from nextn.data import TextStream
 from nextn.evaluation.bench import conditions, tables
-
-matplotlib.use("Agg")
 
 OURS, PLAIN, OTHERS = "#2563eb", "#93b4f5", "#b8bec9"
 PART_COLOURS = {"verify": "#2563eb", "draft": "#16a34a", "loop": "#dc2626"}

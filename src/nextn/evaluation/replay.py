@@ -42,11 +42,12 @@ def _recorded(path: Path, drafts: int) -> list[list[int]]:
         found = [[int(count) for count in counts] for counts in json.loads(path.read_text())["trace"]]
     except (OSError, ValueError, KeyError, TypeError):
         raise TraceError(f"{path} holds no trace; give a file of `nextn bench --json`, or a τ.") from None
-    if not all(found) or not found:
-        raise TraceError(f"{path} has a prompt without a step; record it with more new tokens.")
+    everything = [count for counts in found for count in counts]
+    if not everything:
+        raise TraceError(f"{path} holds no step; record it with more new tokens.")
     if not all(0 <= count <= drafts for counts in found for count in counts):
         raise TraceError(f"{path} was recorded with another number of drafts; these heads make {drafts}.")
-    return found
+    return [counts or everything for counts in found]  # a text may have ended before its first whole step
 
 
 def replaying(verify: Callable[..., Any], trace: Iterator[int]) -> Callable[..., Any]:
@@ -57,7 +58,7 @@ def replaying(verify: Callable[..., Any], trace: Iterator[int]) -> Callable[...,
 
     def step(pending: Tensor, drafts: Tensor, lengths: Tensor, ends: Tensor, *cache: Any) -> tuple[Tensor, ...]:
         targets, _, _, _, tapped, _ = verify(pending, drafts, lengths, ends, *cache)
-        accepted = torch.tensor([next(trace) for _ in pending], device=pending.device)
+        accepted = torch.full_like(pending, next(trace))  # the same for all rows
         places = torch.arange(targets.shape[1], device=pending.device)
         positions = lengths[:, None] + places
         standing = torch.where((places <= accepted[:, None]) & (positions < ends[:, None]), positions, -1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nextn.decoding.drafting import HeadDrafter
 from nextn.decoding.engine import Engine
+from nextn.output import SharedOutput
 
 
 def step_cost(engine: Engine) -> dict[str, int]:
@@ -31,7 +32,8 @@ def step_cost(engine: Engine) -> dict[str, int]:
     if isinstance(engine.drafter, HeadDrafter):
         heads = engine.drafter.heads
         own, table = sum(parameter.numel() for parameter in heads.parameters()), heads.output.size(trunk) * trunk.width
-        draft_weights = own + table
+        # The rows of a trimmed output are a copy; a shared one is the trunk's table again.
+        draft_weights = own + (0 if isinstance(heads.output, SharedOutput) else table)
         # All states of a step go through the heads once; a recurrent module sees its own states after that.
         draft_operations = 2 * (own * (width + (heads.n - 2) * heads.recurrent) + table * (heads.n - 1))
     size = trunk.unembedding.weight.element_size()

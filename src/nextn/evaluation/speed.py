@@ -37,10 +37,13 @@ class Contender:
         name: what tables call it.
         specification: `kind` and the arguments of that kind, see `nextn.evaluation.contenders`.
         python: the interpreter; another one where an engine lives in an environment of its own.
+        optional: whether the rest may be measured without it.
     """
 
-    def __init__(self, name: str, specification: dict[str, Any], python: str = sys.executable) -> None:
-        self.name, self.specification, self.python = name, specification, python
+    def __init__(
+        self, name: str, specification: dict[str, Any], python: str = sys.executable, optional: bool = False
+    ) -> None:
+        self.name, self.specification, self.python, self.optional = name, specification, python, optional
         self.about: dict[str, Any] = {}
         self._process: subprocess.Popen[str] | None = None
 
@@ -57,6 +60,7 @@ class Contender:
         if self.about.get("compiled_here"):  # compiling takes memory that decoding does not: start again
             self.stop()
             self._launch(say)
+        self.answer([0, 0], 8)  # whatever a first call pays for, and fails at
 
     def _launch(self, say: Callable[[str], None]) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
@@ -152,8 +156,6 @@ def race(
         BenchError: where one ends.
     """
     timings: Timings = {one.name: [Timing() for _ in prompts] for one in running}
-    for one in running:
-        one.answer(prompts[0].ids, 16)  # whatever a first call pays for
     shuffled = random.Random(0)
     for _ in range(repeats):
         for place, prompt in enumerate(prompts):
@@ -165,7 +167,8 @@ def race(
 
 
 def _note(timing: Timing, answer: dict[str, Any]) -> None:
-    timing.steady &= not timing.answer or timing.answer.get("tokens") == answer.get("tokens")
+    if timing.answer and timing.answer.get("tokens") != answer.get("tokens"):
+        timing.steady = False
     timing.count = answer["count"]
     timing.seconds.append(answer["seconds"])
     timing.parts.append(answer.get("parts", {}))
