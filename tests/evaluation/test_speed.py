@@ -148,6 +148,14 @@ def test_the_verb(tiny_heads, tmp_path, replay):
     assert page.count("<svg") == 4 and 'src="' not in page and "@import" not in page
 
 
+def test_the_page_of_a_single_timing(tmp_path):
+    """No interval, and still a plot."""
+    from nextn.evaluation.page import speed_plot
+
+    speeds = {"nextn": {"value": 10.0, "low": None, "high": None}, "plain": {"value": 5.0, "low": None, "high": None}}
+    speed_plot({"overall": {"tokens_per_second": speeds}}).savefig(tmp_path / "plot.svg")
+
+
 def test_files_for_an_engine_that_is_not_there(tiny_heads, monkeypatch):
     monkeypatch.setattr("nextn.evaluation.bench._installed", lambda package: False)
     done = CliRunner().invoke(app, ["bench", str(tiny_heads), "--gguf", "some.gguf", "--new-tokens", "8"])

@@ -24,7 +24,7 @@ from nextn.evaluation.acceptance import DEFINITIONS
 from nextn.evaluation.demo import PROMPTS
 from nextn.evaluation.lossless import float32_twin, near_tie_bound
 from nextn.evaluation.replay import read_trace
-from nextn.evaluation.report import machine, percent
+from nextn.evaluation.report import acceptance_cells, machine
 from nextn.evaluation.roofline import measure_machine
 from nextn.evaluation.speed import (
     BenchError,
@@ -292,9 +292,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
         if row["identical"] is not None:
             same = f"{row['identical']} / {row['part_at_a_near_tie']} / {row['differ']}"
             text = [same, str(row["near_ties"]), str(row["unexplained"]), f"{row['worst']:.2g}"]
-        tau = "–" if row["tau"] is None else f"{row['tau']:.2f}"
-        shares = (percent(row["acceptance"][kind]) for kind in ("conditional", "cumulative"))
-        drafts.add_row(name, str(row["prompts"]), tau, *shares, *text)
+        drafts.add_row(name, str(row["prompts"]), *acceptance_cells(row), *text)
 
     step = Table(title="one step, in ms (share of all time)", title_justify="left", box=SIMPLE_HEAD)
     for column in ("", "verify", "draft", "loop", "step", "limit by bytes", "by operations", "prefill"):

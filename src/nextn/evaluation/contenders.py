@@ -20,9 +20,8 @@ from contextlib import contextmanager
 from typing import Any
 
 Asked = dict[str, Any]  # `prompt` and `new_tokens`; for our engine also `replay`, how many drafts are to stand
-Answer = dict[
-    str, Any
-]  # `count` of new tokens, and where the engine gives them `tokens`, `accepted`, `origins`, `parts`
+# An answer has `count` of new tokens, and where the engine gives them `tokens`, `accepted`, `origins` and `parts`.
+Answer = dict[str, Any]
 Answering = Callable[[Asked], Answer]
 Say = Callable[[dict[str, Any]], None]
 

@@ -20,7 +20,7 @@ from nextn.data import TextStream, prompt_ids
 from nextn.decoding.engine import Engine, Generation
 from nextn.evaluation.acceptance import DEFINITIONS, Acceptance
 from nextn.evaluation.lossless import Check, agreement, check, float32_twin, near_tie_bound
-from nextn.evaluation.report import acceptance_json, machine, percent
+from nextn.evaluation.report import acceptance_cells, acceptance_json, machine
 from nextn.model import MultiTokenModel
 
 PROMPTS = {
@@ -177,8 +177,7 @@ def acceptance_table(report: dict[str, Any]) -> Table:
     for column in ("prompt", "τ", "conditional", "cumulative"):
         made.add_column(column, justify="left" if column == "prompt" else "right")
     for name, row in [*report["by_prompt"].items(), ("all", report)]:
-        tau = "–" if row["tau"] is None else f"{row['tau']:.2f}"
-        made.add_row(name, tau, *(percent(row["acceptance"][kind]) for kind in ("conditional", "cumulative")))
+        made.add_row(name, *acceptance_cells(row))
     return made
 
 

@@ -67,9 +67,9 @@ def speed_plot(found: dict[str, Any]) -> Figure:
     values = [speeds[name]["value"] for name in names]
     axes.barh(names, values, color=colours, xerr=_reach([speeds[name] for name in names]), ecolor="#4b5563")
     for place, name in enumerate(names):
-        axes.annotate(
-            f"{values[place]:.0f}", (speeds[name]["high"], place), (6, 0), textcoords="offset points", va="center"
-        )
+        high = speeds[name]["high"]  # None where there is no interval
+        end = (values[place] if high is None else high, place)
+        axes.annotate(f"{values[place]:.0f}", end, (6, 0), textcoords="offset points", va="center")
     axes.set_xlabel("tokens per second (95% interval over prompts)")
     return _plain(figure)
 

@@ -39,6 +39,12 @@ def acceptance_json(acceptance: Acceptance) -> dict[str, Any]:
     }
 
 
+def acceptance_cells(row: dict[str, Any]) -> tuple[str, str, str]:
+    """τ, conditional and cumulative acceptance of what `acceptance_json` gave, as a table shows them."""
+    tau = "–" if row["tau"] is None else f"{row['tau']:.2f}"
+    return tau, percent(row["acceptance"]["conditional"]), percent(row["acceptance"]["cumulative"])
+
+
 def percent(shares: Sequence[float | None]) -> str:
     """`61% 34% 17%`, a dash where there is no figure."""
     return " ".join("–" if share is None or math.isnan(share) else f"{share:.0%}" for share in shares)

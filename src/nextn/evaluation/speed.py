@@ -233,14 +233,19 @@ def _steps(timing: Timing) -> int:
     return len(accepted) + (1 + sum(accepted) + len(accepted) < timing.count)
 
 
-def roofline(timings: Sequence[Timing], prompts: Sequence[Prompt], cost: dict[str, int], machine: dict) -> dict:
-    """One step against the least that its bytes and operations take on this machine, see `bound`."""
+def roofline(
+    ms: dict[str, float],
+    timings: Sequence[Timing],
+    prompts: Sequence[Prompt],
+    cost: dict[str, int],
+    machine: dict[str, float],
+) -> dict[str, float]:
+    """One step, its parts in `ms` (see `time_split`), against the least that its bytes and operations take here."""
     length = statistics.mean(
         len(prompt.ids) + timing.count / 2 for prompt, timing in zip(prompts, timings, strict=True)
     )
     least = bound(cost, machine, length)
-    split = time_split(timings)["ms_per_step"]
-    step = split["verify"] + split["draft"] + split["loop"]
+    step = ms["verify"] + ms["draft"] + ms["loop"]
     limit = 1e3 * max(least["by_bytes"], least["by_operations"])
     return {
         "bytes": least["bytes"],
@@ -319,14 +324,16 @@ def figures(
     """
     chosen = [prompts[place] for place in places]
     of = {name: [timings[name][place] for place in places] for name in costs}
-    report = {
+    splits = {name: time_split(timing) for name, timing in of.items()}
+    lines = {
+        name: roofline(splits[name]["ms_per_step"], timing, chosen, costs[name], machine) for name, timing in of.items()
+    }
+    return {
         "prompts": len(places),
         **acceptance_json(Acceptance.of(generations(of["nextn"], chosen), n)),
         **speeds(timings, places),
         **text_figures(compared, places),
-        "time_split": {name: time_split(timing) for name, timing in of.items()},
-        "roofline": {name: roofline(timing, chosen, costs[name], machine) for name, timing in of.items()},
+        "time_split": splits,
+        "roofline": lines,
+        "step_over_plain_step": lines["nextn"]["step_ms"] / lines["plain"]["step_ms"],
     }
-    lines = report["roofline"]
-    report["step_over_plain_step"] = lines["nextn"]["step_ms"] / lines["plain"]["step_ms"]
-    return report
