@@ -142,7 +142,8 @@ class Engine:
     def _compile(self, progress: Progress) -> Code:
         if not isinstance(self.drafter, HeadDrafter):
             return self._compile_plain(progress) if self.drafter is None else self._compile_verify(0, progress)
-        code, inputs = self._compile_verify(0, progress), self._example(0)
+        inputs = self._example(0)
+        code = Code(compiled(Verify(self.trunk, self.tap), inputs, progress), padding=0)
         targets, accepted, _, _, tapped, positions = code.verify(*inputs)
         inputs = self.drafter.step_inputs(tapped, positions, targets, accepted)
         return replace(code, draft=compiled(Draft(self.trunk, self.drafter.heads), inputs, progress))
