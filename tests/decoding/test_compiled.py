@@ -62,6 +62,20 @@ def test_every_kind_compiles(kind, trained_host, cache):
     compiles_to_the_same(model, rows=2)
 
 
+@pytest.mark.slow
+@needs_compiler
+def test_compiled_generation_notices_changed_weights(trained_host, cache):
+    model = nextn.attach(copy.deepcopy(trained_host), nextn.MultiTokenConfig(n=2, **KINDS["recurrent"])).eval()
+    prompt = made_up_text(1, 9, seed=1)
+    before = model.generate(prompt, max_new_tokens=12, compile=True)
+    assert torch.equal(before, model.generate(prompt, max_new_tokens=12))
+    with torch.no_grad():
+        model.trunk.unembedding.weight.copy_(model.trunk.unembedding.weight.roll(1, dims=0))
+    after = model.generate(prompt, max_new_tokens=12, compile=True)
+    assert torch.equal(after, model.generate(prompt, max_new_tokens=12))
+    assert not torch.equal(after, before)
+
+
 def test_without_a_compiler_it_runs_eagerly_and_says_so(trained_model, prompts, cache, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     engine = trained_model.engine().compile()
