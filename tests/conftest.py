@@ -70,6 +70,13 @@ KINDS = {
     "distinct": {"heads": "sequential"},
     "recurrent": {"heads": "sequential", "recurrent": True},
 }
+MORE_KINDS = KINDS | {
+    "causal": {"heads": "parallel", "chaining": "causal"},
+    "anticausal": {"heads": "parallel", "chaining": "anticausal"},
+    "linear": {"heads": "parallel", "head": "linear"},
+    "residual_mlp": {"heads": "parallel", "head": "residual_mlp"},
+    "linear_chain": {"heads": "parallel", "head": "linear", "chaining": "causal", "tap": "pre_norm"},
+}
 
 
 def make_host(family: str, seed: int = 0) -> tf.PreTrainedModel:

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 import nextn
-from conftest import KINDS, VOCAB, make_host
-from nextn.losses import IGNORE, targets_at
+from conftest import MORE_KINDS, VOCAB, make_host
+from nextn.config import ObjectiveConfig
+from nextn.losses import IGNORE, Depth, depth_losses, targets_at
+from nextn.output import SharedOutput, TrimmedOutput
+from nextn.trunk import Trunk
 
 
 def slow_loss(model, ids, labels, documents, positions, denominator=None):
@@ -32,11 +35,13 @@ def slow_loss(model, ids, labels, documents, positions, denominator=None):
     return total / (denominator or count)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MORE_KINDS)
 @pytest.mark.parametrize("frozen", [True, False])
-def test_loss_and_gradients_equal_the_slow_reference(kind, frozen):
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_loss_and_gradients_equal_the_slow_reference(kind, frozen, checkpointing, monkeypatch):
+    monkeypatch.setattr(nextn.losses, "CHUNK", 5 * VOCAB)
     config = nextn.MultiTokenConfig(
-        n=4, freeze_trunk=frozen, weights={"preset": "list", "values": [0.5, 1.0, 0.7, 0.3]}, **KINDS[kind]
+        n=4, freeze_trunk=frozen, weights={"preset": "list", "values": [0.5, 1.0, 0.7, 0.3]}, **MORE_KINDS[kind]
     )
     model = nextn.attach(make_host("llama").double(), config)
     generator = torch.Generator().manual_seed(1)
@@ -50,6 +55,8 @@ def test_loss_and_gradients_equal_the_slow_reference(kind, frozen):
     documents = torch.where(mask > 0, (positions == 0).long().cumsum(1), -1)
 
     twin = copy.deepcopy(model)
+    if checkpointing:
+        model.train().gradient_checkpointing_enable()
     model(ids, attention_mask=mask, position_ids=positions, labels=labels).loss.backward()
     reference = slow_loss(twin, ids, labels, documents, positions)
     reference.backward()
@@ -65,9 +72,9 @@ def test_loss_and_gradients_equal_the_slow_reference(kind, frozen):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MORE_KINDS)
 def test_packed_padded_and_accumulated_give_one_loss(kind):
-    model = nextn.attach(make_host("gemma3"), nextn.MultiTokenConfig(n=3, **KINDS[kind]))
+    model = nextn.attach(make_host("gemma3"), nextn.MultiTokenConfig(n=3, **MORE_KINDS[kind]))
     generator = torch.Generator().manual_seed(2)
     documents = [torch.randint(3, VOCAB, (length,), generator=generator) for length in (20, 11)]
     items = sum(len(document) - 1 for document in documents)
@@ -92,3 +99,143 @@ def test_targets_respect_borders_and_masks():
     assert targets_at(labels, documents, 1).tolist() == [[11, IGNORE, IGNORE, 14, IGNORE, IGNORE]]
     assert targets_at(labels, documents, 2).tolist() == [[IGNORE] * 6]
     assert targets_at(labels, documents, 9).tolist() == [[IGNORE] * 6]
+
+
+def plain_objective(z, target, p, p_named, follows, temperature):
+    """One position, straight from the definition: logits z [V'], the trunk's distribution over what can be named."""
+    if follows == "text":
+        return -z.log_softmax(-1)[target]
+    log_q = (z / temperature).log_softmax(-1)
+    divergence = (p_named * (p_named.log() - log_q)).sum() * temperature**2
+    overlap = torch.minimum(p_named, log_q.exp()).sum()
+    share = {"kl": 1.0, "tv": 0.0, "lk": (-3 * overlap.detach()).exp()}[follows]
+    return share * divergence + (1 - share) * (1 - overlap)
+
+
+@pytest.mark.parametrize("kept", [None, 40])
+@pytest.mark.parametrize(
+    ("follows", "temperature"), [("text", 1.0), ("kl", 1.0), ("kl", 2.0), ("tv", 1.0), ("tv", 0.7), ("lk", 1.0)]
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_objectives_and_their_gradients_equal_autograd(follows, temperature, kept, wrapped):
+    host = make_host("llama").double()
+    if wrapped:  # as an adapter wraps it: no plain Linear any more
+        host.lm_head = Wrapped(host.lm_head)
+    trunk = Trunk(host)
+    output = SharedOutput() if kept is None else TrimmedOutput(kept, trunk)
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    targets = [torch.randint(0, VOCAB, (2, 9), generator=generator) for _ in range(2)]
+    targets[0][0, 4:] = IGNORE
+    teachers = [drawn(2, 9, trunk.width) for _ in range(2)]
+    states = [drawn(2, 9, trunk.width).requires_grad_() for _ in range(2)]
+    weight = trunk.unembedding.weight
+    depths = [Depth(states[i], targets[i], w, teachers[i]) for i, w in enumerate((0.7, 0.3))]
+    objective = ObjectiveConfig(follows=follows, temperature=temperature)
+    found = depth_losses(trunk, output, depths, objective, chunk=4)
+    ours = torch.autograd.grad(found.total * 0.5, [*states, weight])
+
+    slow, hits, overlaps = torch.zeros((), dtype=torch.float64), [], [0.0, 0.0]
+    for i, w in enumerate((0.7, 0.3)):
+        for row in range(2):
+            for t in range(9):
+                target, z = int(targets[i][row, t]), states[i][row, t] @ weight.T
+                p = (teachers[i][row, t] @ weight.T / temperature).softmax(-1).detach()
+                named = slice(None) if kept is None else output.kept.long()
+                hits.append(int(z[named].argmax()) == target)
+                if target == IGNORE or (follows == "text" and kept is not None and target >= kept):
+                    continue
+                slow = slow + w * plain_objective(z[named], target, p, p[named], follows, temperature)
+                overlaps[i] += torch.minimum(p[named], (z[named] / temperature).softmax(-1)).sum().item()
+    torch.testing.assert_close(found.total, slow)
+    for our, their in zip(ours, torch.autograd.grad(slow * 0.5, [*states, weight]), strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-8, atol=1e-10)
+    assert found.hits.flatten().tolist() == hits
+    if follows != "text":
+        torch.testing.assert_close(found.overlaps.tolist(), overlaps)
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    @property
+    def weight(self):
+        return self.linear.weight
+
+    def forward(self, states):
+        return self.linear(states)
+
+
+def test_the_unembedding_is_entered_as_a_module():
+    """FSDP2 gathers a sharded weight in a forward hook, and scatters its gradient in hooks around the backward."""
+    trunk = Trunk(make_host("llama"))
+    calls = []
+    trunk.unembedding.register_forward_pre_hook(lambda *_: calls.append("before"))
+    trunk.unembedding.register_forward_hook(lambda *_: calls.append("after"))
+    states = torch.randn(1, 4, trunk.width)
+    depths = [Depth(states, torch.full((1, 4), 5), 1.0) for _ in range(3)]
+    depth_losses(trunk, SharedOutput(), depths)
+    assert calls == ["before", "after"]
+    assert "forward" not in trunk.unembedding.__dict__
+    torch.testing.assert_close(trunk.logits(states), torch.nn.functional.linear(states, trunk.unembedding.weight))
+
+
+def test_bfloat16_and_autocast_are_near_float32():
+    trunk = Trunk(make_host("llama"))
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 30, trunk.width, generator=generator)
+    targets = torch.randint(0, VOCAB, (2, 30), generator=generator)
+
+    def found(states, trunk):
+        states = states.clone().requires_grad_()
+        total = depth_losses(trunk, SharedOutput(), [Depth(states, targets, 1.0)], chunk=16).total
+        return [total.detach(), *torch.autograd.grad(total, [states, trunk.unembedding.weight])]
+
+    exact = found(states, trunk)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = found(states, trunk)
+    half = found(states.bfloat16(), Trunk(make_host("llama").bfloat16()))
+    assert [tensor.dtype for tensor in half[1:]] == [torch.bfloat16] * 2
+    for approximate in (cast, half):
+        for ours, theirs in zip(approximate, exact, strict=True):
+            assert (ours.float() - theirs).norm() / theirs.norm() < 0.02
+
+
+def test_depths_that_read_one_state_share_its_gradient():
+    trunk = Trunk(make_host("llama").double())
+    state = torch.randn(1, 6, trunk.width, dtype=torch.float64, requires_grad=True)
+    targets = [torch.full((1, 6), target) for target in (5, 9)]
+
+    def gradient(states):
+        depths = [Depth(each, target, 1.0) for each, target in zip(states, targets, strict=True)]
+        return torch.autograd.grad(depth_losses(trunk, SharedOutput(), depths).total, state)[0]
+
+    torch.testing.assert_close(gradient([state, state]), gradient([state, state * 1]))
+
+
+def test_a_second_backward_says_what_to_do():
+    model = nextn.attach(make_host("llama"), nextn.MultiTokenConfig(n=2))
+    ids = torch.randint(3, VOCAB, (1, 9))
+    loss = model(ids, labels=ids).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="call the model again"):
+        loss.backward()
+
+
+def test_a_compiled_model_has_the_same_loss_and_gradients():
+    model = nextn.attach(make_host("llama"), nextn.MultiTokenConfig(n=3, freeze_trunk=False)).train()
+    ids = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
+    losses, grads = [], []
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        losses.append(run(ids, labels=ids).loss)
+        losses[-1].backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    torch.testing.assert_close(losses[0], losses[1])
+    assert len(grads[0]) > 30
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)

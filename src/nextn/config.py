@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+Tap = Literal["post_norm", "pre_norm", "before_last_layer"]
+
 
 class ConfigError(ValueError):
     """A config that cannot be used; the message says what is wrong and what to do."""
@@ -73,16 +75,43 @@ class WeightsConfig(BaseModel):
         return self.values
 
 
+class ObjectiveConfig(BaseModel):
+    """What the heads are trained to follow.
+
+    follows: `text` (negative log-likelihood of the tokens), or the trunk's own distribution p by the head's q: `kl`
+        (forward Kullback-Leibler), `tv` (total variation, 1 - Σ min(p, q), which is the share of rejected samples) or
+        `lk` (both: λ·KL + (1-λ)·TV with λ = exp(-3 Σ min(p, q)); arXiv:2602.23881).
+    temperature: of both distributions.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    follows: Literal["text", "kl", "tv", "lk"] = "text"
+    temperature: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _warm(self) -> ObjectiveConfig:
+        if self.follows == "text" and self.temperature != 1.0:
+            raise ValueError("objective.temperature applies to kl, tv and lk only")
+        return self
+
+
 class MultiTokenConfig(_Strict):
     """Multi-token prediction on top of a causal language model.
 
     n: how many tokens are predicted, the next one included; heads of depth 2 … n are added, so n-1 drafts a step.
     heads: `sequential` (they see the tokens between; DeepSeek-V3) or `parallel` (they do not; Gloeckle et al.).
     recurrent: sequential only; one module for all depths (FastMTP) rather than one each.
-    tap: the trunk state that the heads read. Default: `post_norm` for sequential heads, `before_last_layer` for
-        parallel ones. Taps are not convertible into each other.
+    state_noise: recurrent only; how many of the states that a step reads in training are taken from a shorter chain
+        for the same place, as the states of a drafting step are better or worse (Nemotron 3 Ultra).
+    head: parallel only; each head is a `transformer` layer (Gloeckle), one `linear` map, or a `residual_mlp` (Medusa).
+    chaining: parallel only; whether a head reads the trunk's state (`none`), that of the head before it (`causal`) or
+        that of the head after it, furthest first (`anticausal`; both Gloeckle et al., appendix).
+    tap: the trunk state that the heads read. Default: `before_last_layer` for parallel transformer heads, `pre_norm`
+        where these are chained causally (the trunk's last layer being the first of the chain), `post_norm` for all
+        others. Taps are not convertible into each other.
     output: the projection to the vocabulary.
     weights: the loss's weights per depth.
+    objective: what the heads are trained to follow.
     freeze_trunk: whether only the heads are trained.
 
     Raises:
@@ -92,17 +121,27 @@ class MultiTokenConfig(_Strict):
     n: int = Field(default=4, ge=2)
     heads: Literal["sequential", "parallel"] = "sequential"
     recurrent: bool = False
-    tap: Literal["post_norm", "pre_norm", "before_last_layer"] | None = None
+    state_noise: float = Field(default=0.0, ge=0, le=1)
+    head: Literal["transformer", "linear", "residual_mlp"] = "transformer"
+    chaining: Literal["none", "causal", "anticausal"] = "none"
+    tap: Tap | None = None
     output: OutputConfig = OutputConfig()
     weights: WeightsConfig = WeightsConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     freeze_trunk: bool = True
 
     @model_validator(mode="after")
     def _fitting(self) -> MultiTokenConfig:
         if self.tap is None:
-            self.tap = "post_norm" if self.heads == "sequential" else "before_last_layer"
+            layered = self.heads == "parallel" and self.head == "transformer"
+            branch: Tap = "pre_norm" if self.chaining == "causal" else "before_last_layer"
+            self.tap = branch if layered else "post_norm"
         if self.recurrent and self.heads == "parallel":
             raise ValueError("recurrent applies to sequential heads only")
+        if self.state_noise and not self.recurrent:
+            raise ValueError("state_noise applies to recurrent heads only")
+        if self.heads != "parallel" and (self.head != "transformer" or self.chaining != "none"):
+            raise ValueError("head and chaining apply to parallel heads only")
         if self.weights.values is not None and len(self.weights.values) != self.n:
             raise ValueError(f"weights.values has {len(self.weights.values)} entries, but n is {self.n}")
         return self

@@ -1,19 +1,34 @@
 """The loss of multi-token prediction: Σ w_k · L_k with one denominator for all depths.
 
-L_k sums the negative log-likelihood of the tokens t+k that exist, carry a label and lie in the document of t. The
+L_k sums a loss over the positions whose token t+k exists, carries a label and lies in the document of t. The
 denominator is the count of valid t+1 targets, for every depth, so that accumulation, packing and data parallelism
 change nothing.
+
+Logits [N, V] are the largest thing in training, so they are never whole: projection and loss are one autograd
+function, which goes through the positions in chunks and computes the gradients of states and table in its forward. All
+depths that share a table are one call, so that it has one gradient however many they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from nextn.config import ObjectiveConfig
+from nextn.output import Output, best
+from nextn.trunk import Trunk
 
 IGNORE = -100
+CHUNK = 100_000_000  # logits that are there at one time: 0.4 GB in float32, whatever the vocabulary
+
+Project = Callable[[Tensor], Tensor]  # states [C, D] to logits
 
 
 def targets_at(labels: Tensor, documents: Tensor, depth: int) -> Tensor:
@@ -31,18 +46,336 @@ def targets_at(labels: Tensor, documents: Tensor, depth: int) -> Tensor:
     return targets
 
 
-def head_loss(project: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed negative log-likelihood, and how many targets were the best token.
+@dataclass
+class Depth:
+    """What one depth brings to the loss.
 
-    Only positions with a target are projected. (The chunked, memory-flat form takes this function's place.)
+    states: [B, T, D], ready for the output.
+    targets: token ids [B, T], -100 for none.
+    weight: w_k.
+    teacher: the trunk's own states [B, T, D] whose next token is the target: its hidden of t+k-1 at place t. For
+        objectives that follow the trunk's distribution.
+    """
+
+    states: Tensor
+    targets: Tensor
+    weight: float
+    teacher: Tensor | None = None
+
+
+@dataclass
+class Losses:
+    """What `depth_losses` gives.
+
+    total: Σ w_k · L_k, not divided yet; a scalar with gradients.
+    sums: L_k by depth [K].
+    hits: whether the target was the best token that the output can name [K, B, T].
+    overlaps: Σ_t Σ_v min(p, q) by depth [K], how far the trunk's distribution and the head's overlap; NaN for the text.
+    """
+
+    total: Tensor
+    sums: Tensor
+    hits: Tensor
+    overlaps: Tensor
+
+
+@torch.compiler.disable  # chunks depend on the data: a graph break, and nothing to gain
+def depth_losses(
+    trunk: Trunk,
+    output: Output,
+    depths: list[Depth],
+    objective: ObjectiveConfig | None = None,
+    chunk: int | None = None,
+) -> Losses:
+    """The loss of all depths that go through one output, in memory that does not grow with the vocabulary's logits.
+
+    A token that the output cannot name is no target: it is left out of the text's loss, and counts as missed.
 
     Args:
-        project: from states [N, D] to logits [N, V'].
-        states: [B, T, D].
-        targets: indices into V' [B, T], -100 for none.
+        objective: what the heads are to follow; default: the text.
+        chunk: positions whose logits are there at one time; default: as many as make `CHUNK` logits.
     """
-    chosen = targets != IGNORE
-    logits = project(states[chosen])
-    logits = logits.float() if logits.itemsize < 4 else logits
-    loss = F.cross_entropy(logits, targets[chosen], reduction="sum")
-    return loss, (logits.argmax(dim=-1) == targets[chosen]).sum()
+    objective = objective or ObjectiveConfig()
+    aimed = [_aimed(output, depth, objective) for depth in depths]
+    distinct = {id(depth.states): depth.states for depth in depths}  # depths that read one tensor share its gradient
+    states = [output.prepare(trunk, each).flatten(0, 1) for each in distinct.values()]
+    reads = [list(distinct).index(id(depth.states)) for depth in depths]
+    teachers = [None if depth.teacher is None else depth.teacher.flatten(0, 1) for depth in depths]
+    module = output.projection(trunk)
+    project = module.forward
+    # Inside its own forward the module cannot be called once more.
+    unembed = project if module is trunk.unembedding else trunk.unembedding
+    weights = [depth.weight for depth in depths]
+    chunk = chunk or max(1, CHUNK // output.size(trunk))
+    plan = _Plan(weights, reads, aimed, teachers, _teacher(unembed, trunk.dtype, output.kept), objective, chunk)
+    through = _through_table if _is_plain_linear(module) else _through_module
+    with _forward_is(module, lambda *given: through(module, project, output.kept, plan, *given)):
+        total, sums, overlaps, hits = module(*states)
+    return Losses(total, sums, hits.view(len(depths), *depths[0].targets.shape), overlaps)
+
+
+def _aimed(output: Output, depth: Depth, objective: ObjectiveConfig) -> Tensor:
+    """Targets as places among what the output can name [B·T].
+
+    Following the trunk, a target outside of these still has a distribution: it gets the place V', which no logit has.
+    """
+    targets = output.targets(depth.targets)
+    if objective.follows != "text":
+        targets = torch.where((targets == IGNORE) & (depth.targets != IGNORE), torch.iinfo(torch.int32).max, targets)
+    return targets.flatten()
+
+
+def _teacher(unembed: Project, dtype: torch.dtype, kept: Tensor | None) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """From trunk states [C, D] to the trunk's logits of what the output can name [C, V'] and of all tokens [C, V]."""
+
+    def logits(states: Tensor) -> tuple[Tensor, Tensor]:
+        whole = _wide(unembed(states.to(dtype)))
+        return (whole if kept is None else whole[:, kept.long()]), whole
+
+    return logits
+
+
+@contextmanager
+def _forward_is(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let calling a module run `forward`, so that its hooks run around that.
+
+    FSDP2 gathers a sharded weight in such a hook; whoever reads the weight outside gets a shard.
+    """
+    own = module.__dict__.get("forward")
+    module.forward = forward  # the instance's own hides the class's
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """A Linear that nobody put something around: FSDP2's subclass is one, an adapter or an offloaded one is not."""
+    return type(module).forward is nn.Linear.forward and "forward" not in module.__dict__
+
+
+@dataclass
+class _Plan:
+    """What goes through one table: weight, state, targets [N] and trunk states of each depth; and how."""
+
+    weights: list[float]
+    reads: list[int]
+    targets: list[Tensor]
+    teachers: list[Tensor | None]
+    teacher: Callable[[Tensor], tuple[Tensor, Tensor]]
+    objective: ObjectiveConfig
+    chunk: int
+
+    def parts(self, place: int) -> Iterator[Tensor]:
+        """The positions of a depth that have a target, in chunks of [C] indices."""
+        rows = (self.targets[place] != IGNORE).nonzero()[:, 0]
+        return iter(rows.split(self.chunk)) if len(rows) else iter(())
+
+    def judge(self, place: int, rows: Tensor, logits: Tensor) -> _Judged:
+        """Loss, hits and gradient of some rows; logits [C, V'] are overwritten with the gradient."""
+        targets = self.targets[place][rows]
+        hits = best(logits) == targets
+        if self.objective.follows == "text":
+            loss = _text(logits, targets)
+            return _Judged(loss, hits, loss.new_tensor(torch.nan), logits)
+        teacher = self.teachers[place]
+        assert teacher is not None
+        with torch.no_grad():
+            p = _distribution(*self.teacher(teacher[rows]), self.objective.temperature)
+        loss, overlap = _follow(logits, p, self.objective)
+        return _Judged(loss, hits, overlap, logits)
+
+
+@dataclass
+class _Judged:
+    loss: Tensor  # a scalar, summed over the rows
+    hits: Tensor  # [C]
+    overlap: Tensor  # a scalar, summed
+    gradient: Tensor  # of the loss for the logits [C, V']
+
+
+# --- objectives: each returns its loss and leaves the gradient in place of the logits ------------------------------
+
+
+def _text(logits: Tensor, targets: Tensor) -> Tensor:
+    """Σ -log softmax(logits)[target]; gradient softmax - one-hot."""
+    top = logits.amax(dim=-1, keepdim=True)
+    logits.sub_(top)
+    picked = logits.gather(1, targets[:, None])
+    mass = logits.exp_().sum(dim=-1, keepdim=True)
+    loss = (mass.log() - picked).sum()
+    logits.div_(mass).scatter_add_(1, targets[:, None], logits.new_full((len(targets), 1), -1.0))
+    return loss
+
+
+def _distribution(named: Tensor, whole: Tensor, temperature: float) -> Tensor:
+    """softmax(whole / temperature), at the tokens that can be named: [C, V'], summing to 1 or less."""
+    normaliser = torch.logsumexp(whole / temperature, dim=-1, keepdim=True)
+    return (named / temperature).sub_(normaliser).exp_()
+
+
+def _follow(logits: Tensor, p: Tensor, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """The loss against the trunk's distribution p [C, V'] and the overlap α = Σ min(p, q), both summed over rows.
+
+    Forward KL, times temperature² as is the custom, so that its gradient keeps its size; total variation 1 - α; or
+    their hybrid λ·KL + (1 - λ)·TV with λ = exp(-3 α), α without gradient (arXiv:2602.23881).
+    """
+    temperature = objective.temperature
+    scaled = logits.div_(temperature)
+    normaliser = torch.logsumexp(scaled, dim=-1, keepdim=True)
+    mass = p.sum(dim=-1, keepdim=True)
+    # Σ p log p - Σ p z + mass · log Σ exp z, [C]; without a temporary of [C, V'] for Σ p z
+    cross = mass[:, 0] * normaliser[:, 0] - torch.einsum("cv,cv->c", p, scaled)
+    divergence = (torch.special.entr(p).sum(dim=-1).neg() + cross) * temperature**2
+    q = scaled.sub_(normaliser).exp_()
+    below = q < p
+    overlap = torch.minimum(p, q).sum(dim=-1)
+    share = {
+        "kl": torch.ones_like(overlap),
+        "tv": torch.zeros_like(overlap),
+        "lk": torch.exp(-3 * overlap),
+    }[objective.follows]
+    loss = (share * divergence + (1 - share) * (1 - overlap)).sum()
+    # d KL / dz = T (mass · q - p); d TV / dz = q (Σ_v q_v [q_v < p_v] - [q < p]) / T
+    inside = (q * below).sum(dim=-1, keepdim=True)
+    share = share[:, None]
+    slope = (1 - share) / temperature
+    gradient = q * (share * temperature * mass + slope * (inside - below.to(q.dtype))) - share * temperature * p
+    logits.copy_(gradient)
+    return loss, overlap.sum()
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32, and memory of its own."""
+    return logits.float() if logits.itemsize < 4 else logits
+
+
+# --- projections ---------------------------------------------------------------------------------------------------
+
+
+def _through_table(
+    module: Any, _project: Project, kept: Tensor | None, plan: _Plan, *states: Tensor
+) -> tuple[Tensor, ...]:
+    """By a plain Linear: its gradient is made in the forward, chunk by chunk."""
+    table, bias = module.weight, module.bias
+    if kept is not None:
+        table, bias = table[kept.long()], None if bias is None else bias[kept.long()]
+    return _InForward.apply(plan, table, bias, *states)
+
+
+class _InForward(torch.autograd.Function):
+    """Σ_k w_k Σ_t loss(state_k[t] @ table.T + bias), with its gradients made in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, table: Tensor, bias: Tensor | None, *states: Tensor) -> tuple[Tensor, ...]:
+        device = table.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table.dtype
+        with torch.autocast(device, enabled=False):
+            return _InForward._forward(ctx, plan, dtype, table, bias, *states)
+
+    @staticmethod
+    def _forward(
+        ctx: Any, plan: _Plan, dtype: torch.dtype, table: Tensor, bias: Tensor | None, *states: Tensor
+    ) -> tuple[Tensor, ...]:
+        _, wants_table, wants_bias, *wants_states = ctx.needs_input_grad
+        wide = torch.float32 if dtype.itemsize < 4 else dtype
+        weight = table.to(dtype)
+        table_grad = torch.zeros_like(table, dtype=wide) if wants_table else None
+        bias_grad = torch.zeros_like(bias, dtype=wide) if wants_bias and bias is not None else None
+        sums, overlaps, hits = _tallies(plan, table.device, wide)
+        grads = [torch.zeros_like(s) if wanted else None for s, wanted in zip(states, wants_states, strict=True)]
+
+        def part(k: int, rows: Tensor) -> None:  # a function, so that its logits are gone when the next are made
+            grad = grads[plan.reads[k]]
+            chosen = states[plan.reads[k]][rows].to(dtype)  # [C, D]
+            judged = plan.judge(k, rows, _wide(F.linear(chosen, weight, None if bias is None else bias.to(dtype))))
+            sums[k] += judged.loss
+            overlaps[k] += judged.overlap
+            hits[k, rows] = judged.hits
+            if grad is None and table_grad is None and bias_grad is None:
+                return
+            slope = judged.gradient.mul_(plan.weights[k]).to(dtype)  # [C, V']
+            del judged
+            if bias_grad is not None:
+                bias_grad.add_(slope.sum(dim=0, dtype=wide))
+            if grad is not None:
+                grad.index_add_(0, rows, (slope @ weight).to(grad.dtype))
+            if table_grad is not None:
+                _add_product(table_grad, slope.T, chosen)
+
+        for k in range(len(plan.weights)):
+            for rows in plan.parts(k):
+                part(k, rows)
+        ctx.grads = [table_grad, bias_grad, *grads]
+        ctx.mark_non_differentiable(sums, overlaps, hits)
+        return _weighted(plan, sums), sums, overlaps, hits
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.grads is None:
+            raise RuntimeError(
+                "The loss was already propagated once and freed its gradients; call the model again for a second "
+                "backward."
+            )
+        grads, ctx.grads = ctx.grads, None
+        return None, *(None if grad is None else grad.mul_(upstream) for grad in grads)
+
+
+def _through_module(
+    module: nn.Module, project: Project, kept: Tensor | None, plan: _Plan, *states: Tensor
+) -> tuple[Tensor, ...]:
+    """By anything else that projects (a Linear with an adapter): chunk by chunk, each once more in the backward."""
+    sums, overlaps, hits = _tallies(plan, states[0].device, torch.float64 if states[0].itemsize == 8 else torch.float32)
+    total = torch.zeros_like(sums[0])
+    for k in range(len(plan.weights)):
+        state = states[plan.reads[k]]
+        for rows in plan.parts(k):
+
+            def part(chosen: Tensor, k: int = k, rows: Tensor = rows) -> tuple[Tensor, ...]:
+                logits = project(chosen)
+                return _Judge.apply(plan, k, rows, logits if kept is None else logits[:, kept.long()])
+
+            loss, overlap, hit = checkpoint(part, state[rows], use_reentrant=False)
+            total = total + plan.weights[k] * loss
+            sums[k] += loss.detach()
+            overlaps[k] += overlap
+            hits[k, rows] = hit
+    return total, sums, overlaps, hits
+
+
+class _Judge(torch.autograd.Function):
+    """The loss of logits [C, V'], its gradient made in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, place: int, rows: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        judged = plan.judge(place, rows, _wide(logits.clone() if logits.itemsize >= 4 else logits))
+        ctx.save_for_backward(judged.gradient.to(logits.dtype))
+        ctx.mark_non_differentiable(judged.overlap, judged.hits)
+        return judged.loss, judged.overlap, judged.hits
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return None, None, None, gradient * upstream
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right; in half precision the products of each chunk are rounded, their sum is not."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _tallies(plan: _Plan, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums [K], overlaps [K] and hits [K, N], all nothing so far."""
+    depths = len(plan.weights)
+    sums = torch.zeros(depths, dtype=dtype, device=device)
+    hits = torch.zeros(depths, len(plan.targets[0]), dtype=torch.bool, device=device)
+    return sums, torch.zeros_like(sums), hits
+
+
+def _weighted(plan: _Plan, sums: Tensor) -> Tensor:
+    return (sums * sums.new_tensor(plan.weights)).sum()

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from nextn.config import MultiTokenConfig
+from nextn.config import MultiTokenConfig, ObjectiveConfig
 from nextn.decoding.drafting import HeadDrafter
 from nextn.decoding.engine import Code, Engine
 from nextn.heads import build_heads
 from nextn.heads.base import Text
-from nextn.losses import IGNORE, head_loss, targets_at
+from nextn.losses import IGNORE, Depth, depth_losses, targets_at
+from nextn.output import Output, SharedOutput
 from nextn.trunk import Trunk, check_logits
 
 
@@ -46,7 +48,7 @@ class MultiTokenModel(PreTrainedModel):
 
     _supports_sdpa = True
     _supports_attention_backend = True
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
 
     def __init__(self, base: PreTrainedModel, config: MultiTokenConfig) -> None:
         super().__init__(base.config)
@@ -56,6 +58,7 @@ class MultiTokenModel(PreTrainedModel):
         self.trunk = trunk
         self.multi_token = config
         self.heads = build_heads(config, trunk)
+        self.weights = config.weights.by_depth(config.n)  # a schedule may change them while training
         self.generation_config = base.generation_config
         self.base.requires_grad_(not config.freeze_trunk)
         self.train(base.training)
@@ -70,6 +73,18 @@ class MultiTokenModel(PreTrainedModel):
         if self.multi_token.freeze_trunk:
             self.base.eval()
         return self
+
+    def _set_gradient_checkpointing(  # type: ignore[override]
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        def forget(function: Callable[..., Any], *args: Any, **given: Any) -> Any:
+            return gradient_checkpointing_func(self.trunk.attending(function), *args, **given)
+
+        super()._set_gradient_checkpointing(enable, forget, **kwargs)
+        module: Any
+        for module in self.heads.modules():  # heads forget whole steps; a layer by itself would drop its chain's keys
+            if module is not self.heads and hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
 
     # --- training ---------------------------------------------------------------------------------------------
 
@@ -114,33 +129,49 @@ class MultiTokenModel(PreTrainedModel):
     def _loss(
         self, text: Text, hidden: Tensor | None, tapped: Tensor, labels: Tensor, denominator: Tensor | int | None
     ) -> MultiTokenOutput:
-        n, weights = self.multi_token.n, self.multi_token.weights.by_depth(self.multi_token.n)
-        counts = [(targets_at(labels, text.documents, k) != IGNORE).sum() for k in range(1, n + 1)]
-        sums = torch.full((n,), torch.nan, device=tapped.device)
-        correct = torch.full((n,), torch.nan, device=tapped.device)
-        total: Tensor | float = 0.0
-
-        def add(depth: int, states: Tensor, project: Any, targets: Tensor) -> None:
-            nonlocal total
-            loss, hits = head_loss(project, states, targets)
-            total = total + weights[depth - 1] * loss
-            sums[depth - 1], correct[depth - 1] = loss.detach(), hits
-
-        if weights[0] and hidden is not None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.multi_token.freeze_trunk):
-                add(1, hidden, self.trunk.logits, targets_at(labels, text.documents, 1))
-        tapped = tapped.to(next(self.heads.parameters()).dtype)
-        output = self.heads.output
-        for k, states in enumerate(self.heads(self.trunk, tapped, text), start=2):
-            targets = output.targets(targets_at(labels, text.documents, k))
-            add(k, states, lambda chosen: output(self.trunk, chosen), targets)
-
-        by_depth = torch.stack(counts).clamp(min=1)
+        n, weights = self.multi_token.n, self.weights
+        targets = [targets_at(labels, text.documents, k) for k in range(1, n + 1)]
+        states = dict[int, Tensor]()  # by depth from 0; those without weight are left out
+        if hidden is not None and weights[0]:
+            states[0] = hidden
+        if any(weights[1:]):
+            made = self.heads(self.trunk, tapped.to(next(self.heads.parameters()).dtype), text)
+            states |= {k: state for k, state in enumerate(made, start=1) if weights[k]}
+        counts = torch.stack([(target != IGNORE).sum() for target in targets]).clamp(min=1)
+        losses = counts.new_full((n,), torch.nan, dtype=torch.float32)
+        accuracies, total = losses.clone(), losses.new_zeros(())
+        teachers = self._teachers(hidden, tapped)
+        for output, objective, places in self._passes(sorted(states)):
+            depths = [Depth(states[k], targets[k], weights[k], teachers(k)) for k in places]
+            found = depth_losses(self.trunk, output, depths, objective)
+            total = total + found.total
+            losses[places] = (found.sums / counts[places]).float()
+            accuracies[places] = found.hits.sum(dim=(1, 2)) / counts[places]
         return MultiTokenOutput(
-            loss=torch.as_tensor(total) / (counts[0].clamp(min=1) if denominator is None else denominator),
-            depth_losses=sums / by_depth,
-            depth_accuracies=correct / by_depth,
+            loss=total / (counts[0] if denominator is None else denominator),
+            depth_losses=losses,
+            depth_accuracies=accuracies,
         )
+
+    def _passes(self, depths: list[int]) -> list[tuple[Output, ObjectiveConfig, list[int]]]:
+        """Output, objective and the depths (from 0) that have them in common: one pass through a table each."""
+        output, objective, text = self.heads.output, self.multi_token.objective, ObjectiveConfig()
+        if 0 not in depths or (isinstance(output, SharedOutput) and objective == text):
+            return [(output, objective, depths)] if depths else []
+        passes = [
+            (SharedOutput(), text, [0]),
+            (output, objective, depths[1:]),
+        ]  # head 1 names all, and follows the text
+        return passes if depths[1:] else passes[:1]
+
+    def _teachers(self, hidden: Tensor | None, tapped: Tensor) -> Callable[[int], Tensor | None]:
+        """From a depth (from 0) to the trunk's states, after its final norm, that predict the same tokens [B, T, D]."""
+        if self.multi_token.objective.follows == "text":
+            return lambda place: None
+        states = tapped if hidden is None else hidden
+        if hidden is None and self.heads.tap != "post_norm":
+            raise ValueError("Heads that follow the trunk's distribution need its run: leave trunk_states out.")
+        return lambda place: states.detach().roll(-place, dims=1)
 
     # --- decoding ---------------------------------------------------------------------------------------------
 

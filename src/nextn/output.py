@@ -13,11 +13,25 @@ from nextn.trunk import Trunk
 
 
 class Output(nn.Module, ABC):
-    """From states [..., D] to logits over the tokens that this output can name."""
+    """From states [..., D] to logits over the tokens that this output can name.
+
+    The loss does not call `forward`, which would make logits of all positions, but goes through the same steps in
+    chunks: `prepare`, then the rows `kept` of `projection`.
+    """
+
+    kept: Tensor | None  # the ids [V'] that it can name, a buffer; None: all
 
     @abstractmethod
     def forward(self, trunk: Trunk, states: Tensor) -> Tensor:
         """states [..., D] -> logits [..., V'], V' the number of tokens that can be named."""
+
+    def prepare(self, trunk: Trunk, states: Tensor) -> Tensor:
+        """states [..., D] -> what `projection` reads."""
+        return states
+
+    def projection(self, trunk: Trunk) -> nn.Module:
+        """The module that owns the table; called, it gives logits of all tokens."""
+        return trunk.unembedding
 
     @abstractmethod
     def size(self, trunk: Trunk) -> int:
@@ -34,6 +48,10 @@ class Output(nn.Module, ABC):
 
 class SharedOutput(Output):
     """The trunk's own unembedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", None)
 
     def forward(self, trunk: Trunk, states: Tensor) -> Tensor:
         return trunk.logits(states)

@@ -165,6 +165,15 @@ class Trunk:
             )
         return output[0] if isinstance(output, tuple) else output
 
+    def attending(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that runs with our attention; for what is computed again after a forward ended."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _attending(self.config):
+                return function(*args, **kwargs)
+
+        return run
+
     @contextmanager
     def _tapping(self, tap: str) -> Iterator[dict[str, Tensor]]:
         """Catch the input of the final norm or of the last layer during one forward."""
@@ -384,6 +393,26 @@ class RaggedCache(Cache):
         buffer[self._at, :, self._slots] = states.transpose(1, 2)  # [B, H, T, Dk] -> [B, T, H, Dk]
         used = buffer[:, :, : self._width]
         return used if self._rows is None else used[self._rows]
+
+
+class ChainCache(Cache):
+    """Keys and values of one layer [B, H, S, Dk] that grow by each forward; with gradients, for training.
+
+    Args:
+        past: the pair so far; None for none.
+    """
+
+    def __init__(self, past: tuple[Tensor, Tensor] | None = None) -> None:
+        super().__init__(layers=[])
+        self.pair = past
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        past = self.pair
+        new = key_states, value_states
+        self.pair = new if past is None else (torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2))
+        return self.pair
 
 
 # --- what a host must have ----------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class HeadDrafter:
 
     def propose(self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, rows: Tensor) -> Tensor:
         is_step = hidden.shape[:2] == (len(self.past_hidden), self.heads.n)
-        if self.compiled and is_step and self.caches[0].is_filled:
+        if self.compiled and is_step and all(cache.is_filled for cache in self.caches):
             drafts, self.past_hidden, self.past_following = self.compiled(
                 *self.step_inputs(hidden, positions, following, last)
             )
@@ -72,8 +72,8 @@ class HeadDrafter:
 
     def step_inputs(self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor) -> tuple:
         """What `Draft` takes for a step of all rows."""
-        reach = self.caches[0].reach(int(positions.max()) + self.heads.n - 2)
-        seen = torch.arange(reach, device=positions.device)
+        newest = int(positions.max()) + self.heads.n - 2
+        seen = torch.arange(self.caches[0].reach(newest) if self.caches else 1, device=positions.device)
         buffers = [pair for cache in self.caches for pair in cache.buffers]
         return hidden, positions, following, last, self.past_hidden, self.past_following, seen, buffers
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nextn.config import MultiTokenConfig
 from nextn.output import Output, best, build_output
@@ -62,6 +65,9 @@ class Heads(nn.Module, ABC):
         self.n = config.n
         self.tap: str = config.tap or "post_norm"
         self.output: Output = build_output(config.output, trunk)
+        # As transformers' decoder layers have them; `model.gradient_checkpointing_enable()` finds and sets them.
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
 
     @abstractmethod
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
@@ -80,6 +86,12 @@ class Heads(nn.Module, ABC):
 
     def calibrate(self, trunk: Trunk, text: Text) -> None:
         """Set the start of the weights from what the trunk does on a text, where a kind of heads can."""
+
+    def _run(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """function(*inputs); with gradient checkpointing, what happens inside is computed again in the backward."""
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(function, *inputs)
+        return function(*inputs)
 
     def _pick(self, trunk: Trunk, state: Tensor) -> Tensor:
         """The best token [B] for states [B, D]."""

@@ -1,9 +1,15 @@
-"""Parallel heads: each is one transformer layer on the trunk's state (Gloeckle et al. 2024, arXiv:2404.19737)."""
+"""Parallel heads: each reads the trunk's state and none of the tokens between (Gloeckle et al. 2024, arXiv:2404.19737).
+
+A head is one transformer layer, one linear map, or Medusa's residual block (Cai et al. 2024, arXiv:2401.10774).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nextn.config import MultiTokenConfig
 from nextn.heads.base import Heads, Text, Window
@@ -11,24 +17,77 @@ from nextn.trunk import RaggedCache, Trunk
 
 
 class ParallelHeads(Heads):
-    """n-1 heads that see only the trunk's state at t; each ends in the trunk's own final norm.
+    """n-1 heads that end in the trunk's own final norm, unless what they read went through it already.
 
-    With `tap="before_last_layer"` the trunk's last layer is head 1 and these are its siblings.
+    With `tap="before_last_layer"` the trunk's last layer is head 1 and transformer heads are its siblings.
     """
 
     def __init__(self, config: MultiTokenConfig, trunk: Trunk) -> None:
         super().__init__(config, trunk)
-        self.layers = nn.ModuleList(trunk.new_layer() for _ in range(self.n - 1))
-        self.cache_count = self.n - 1
+        self.layered, self.chaining = config.head == "transformer", config.chaining
+        make: Callable[[], nn.Module] = {
+            "transformer": trunk.new_layer,
+            "linear": lambda: linear_head(trunk),
+            "residual_mlp": lambda: ResidualBlock(trunk),
+        }[config.head]
+        self.layers = nn.ModuleList(make() for _ in range(self.n - 1))
+        self.cache_count = self.n - 1 if self.layered else 0
 
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
         visible = text.visible()
-        return [trunk.norm(trunk.run_layer(layer, hidden, text.positions, visible)) for layer in self.layers]
+
+        def run(place: int, state: Tensor) -> Tensor:
+            layer = self.layers[place]
+            if self.layered:
+                return self._run(trunk.run_layer, layer, state, text.positions, visible)
+            return self._run(layer, state)
+
+        return [self._end(trunk, state) for state in self._chained(hidden, run)]
 
     def draft(self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None) -> Tensor:
-        drafts = []
-        for layer, cache in zip(self.layers, caches, strict=True):
-            visible = cache.place(window.positions, rows)
-            state = trunk.run_layer(layer, window.hidden, window.positions, visible, cache)
-            drafts.append(self._pick(trunk, trunk.norm(window.newest(state))))
-        return torch.stack(drafts, dim=1)
+        visible = [cache.place(window.positions, rows) for cache in caches]
+
+        def run(place: int, state: Tensor) -> Tensor:
+            layer = self.layers[place]
+            if self.layered:
+                return trunk.run_layer(layer, state, window.positions, visible[place], caches[place])
+            return layer(state)
+
+        # Only a layer with keys and values has to see the whole window.
+        start = window.hidden if self.layered else window.newest(window.hidden)
+        states = [window.newest(state) if self.layered else state for state in self._chained(start, run)]
+        return torch.stack([self._pick(trunk, self._end(trunk, state)) for state in states], dim=1)
+
+    def _chained(self, hidden: Tensor, run: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+        """run(place, what it reads) for every head, in order of depth."""
+        places = range(self.n - 1)
+        if self.chaining == "none":
+            return [run(place, hidden) for place in places]
+        states, state = {}, hidden
+        for place in places if self.chaining == "causal" else reversed(places):
+            states[place] = state = run(place, state)
+        return [states[place] for place in places]
+
+    def _end(self, trunk: Trunk, state: Tensor) -> Tensor:
+        return state if self.tap == "post_norm" and not self.layered else trunk.norm(state)
+
+
+def linear_head(trunk: Trunk) -> nn.Linear:
+    """One map [D, D] without a nonlinearity, at first the identity: the trunk's own next token."""
+    head = nn.Linear(trunk.width, trunk.width, bias=False, device=trunk.device, dtype=trunk.dtype)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(trunk.width))
+    return head
+
+
+class ResidualBlock(nn.Module):
+    """x + SiLU(W x + b), at first x."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        self.linear = nn.Linear(trunk.width, trunk.width, device=trunk.device, dtype=trunk.dtype)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, state: Tensor) -> Tensor:
+        return state + F.silu(self.linear(state))

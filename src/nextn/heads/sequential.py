@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from nextn.config import MultiTokenConfig
 from nextn.heads.base import Heads, Text, Window
-from nextn.trunk import RaggedCache, Trunk, VisibleFn
+from nextn.trunk import ChainCache, RaggedCache, Trunk, VisibleFn
 
 
 class SequentialModule(nn.Module):
@@ -40,7 +39,7 @@ class SequentialModule(nn.Module):
         state: Tensor,
         positions: Tensor,
         visible: VisibleFn,
-        cache: RaggedCache | DynamicCache | None = None,
+        cache: RaggedCache | ChainCache | None = None,
     ) -> Tensor:
         """ids [B, T] and the previous state [B, T, D] -> the next state [B, T, D], after the module's norm."""
         fused = self.fuse(trunk.embedding(ids).to(state.dtype), state)
@@ -98,7 +97,7 @@ class DistinctHeads(Heads):
         visible = text.visible()
         states, state = [], hidden
         for k, module in enumerate(self.steps, start=2):
-            state = module(trunk, ahead(text.ids, k - 1), state, text.positions, visible)
+            state = self._run(module, trunk, ahead(text.ids, k - 1), state, text.positions, visible)
             states.append(state)
         return states
 
@@ -129,20 +128,47 @@ class RecurrentHeads(Heads):
     def __init__(self, config: MultiTokenConfig, trunk: Trunk) -> None:
         super().__init__(config, trunk)
         self.step = SequentialModule(trunk)
+        self.state_noise = config.state_noise
 
     def calibrate(self, trunk: Trunk, text: Text) -> None:
         self.step.calibrate(trunk, text, self.tap)
 
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
-        states, state = [], hidden
-        cache = DynamicCache()  # grows by one block of T entries a step
+        states, past = [hidden], None  # the keys and values grow by one block of T entries a step
         for k in range(2, self.n + 1):
             chain = k - 2  # how many steps of its own chain this step can look back on
-            state = self.step(
-                trunk, ahead(text.ids, k - 1), state, text.positions + chain, self._chain_visible(text, chain), cache
-            )
+            inputs = ahead(text.ids, k - 1), self._fed(states), text.positions + chain, self._chain_visible(text, chain)
+            state, past = self._run(self._train_step, trunk, *inputs, past)
             states.append(state)
-        return states
+        return states[1:]
+
+    def _train_step(
+        self,
+        trunk: Trunk,
+        ids: Tensor,
+        state: Tensor,
+        positions: Tensor,
+        visible: VisibleFn,
+        past: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        cache = ChainCache(past)
+        state = self.step(trunk, ids, state, positions, visible, cache)
+        return state, cache.pair
+
+    def _fed(self, states: list[Tensor]) -> Tensor:
+        """The states [B, T, D] that the next step reads, given the trunk's and those of the steps so far.
+
+        With `state_noise`, some of them come from a shorter chain for the same place: the state that j steps made of
+        the trunk's at t stands at t + j, like the one that j - 1 steps made of the trunk's at t + 1, and so on.
+        """
+        newest, steps = states[-1], len(states) - 1
+        if not (self.training and self.state_noise and steps):
+            return newest
+        same_place = torch.stack([state.roll(j - steps, dims=1) for j, state in enumerate(states[:-1])])
+        chosen = torch.randint(steps, newest.shape[:2], device=newest.device)
+        other = same_place.gather(0, chosen[None, :, :, None].expand(1, *newest.shape))[0]
+        noisy = torch.rand(newest.shape[:2], device=newest.device) < self.state_noise
+        return torch.where(noisy[..., None], other, newest)
 
     @staticmethod
     def _chain_visible(text: Text, chain: int) -> VisibleFn:
