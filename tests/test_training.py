@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-
 import pytest
 import torch
 import transformers
@@ -12,8 +9,7 @@ from torch.utils.data import Dataset, default_collate
 
 import nextn
 from conftest import KINDS, fit, made_up_text, make_host
-from nextn.formats import FormatError
-from nextn.training import AttachRecipe, attach_and_train, last_checkpoint
+from nextn.training import last_checkpoint, simulated
 
 
 class Lines(Dataset):
@@ -112,40 +108,6 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
     assert last_checkpoint(tmp_path / "nowhere") is None
 
 
-@pytest.fixture
-def recipe(tiny_base, tmp_path) -> AttachRecipe:
-    text = "the cat sat on the mat. the dog sat on the log. "
-    lines = [json.dumps({"text": text[shift:] + text[:shift]}) for shift in range(len(text))]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    return AttachRecipe(
-        base=str(tiny_base),
-        data=[tmp_path / "data.jsonl"],
-        out=tmp_path / "heads",
-        vocabulary=32,
-        length=64,
-        batch=4,
-        epochs=2,
-        save_steps=4,
-    )
-
-
-def test_kept_trunk_states_change_nothing(recipe, tmp_path):
-    kept = attach_and_train(recipe, say=print)
-    assert not list(recipe.out.glob("trunk_states.*")), "the states are removed at the end"
-    fresh = attach_and_train(replace(recipe, out=tmp_path / "fresh", max_states_gb=0.0), say=print)
-    assert_equal(state(kept.heads), state(fresh.heads), rtol=0, atol=0)
-
-
-def test_another_recipe_or_other_data_in_the_same_directory_is_refused(recipe):
-    attach_and_train(recipe, say=print)
-    with pytest.raises(FormatError, match="other options"):
-        attach_and_train(replace(recipe, seed=1), say=print)
-    with recipe.data[0].open("a") as file:
-        file.write('{"text": "one more line"}\n')
-    with pytest.raises(FormatError, match="other data"):
-        attach_and_train(recipe, say=print)
-
-
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
     args = arguments(
         tmp_path, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True, learning_rate=0.5, max_steps=6
@@ -162,3 +124,21 @@ def test_the_trainer_counts_the_targets_that_the_loss_counts():
     batch = default_collate([Lines()[place] for place in range(4)])
     _, counted = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
     assert int(counted) == 4 * 23
+
+
+def test_the_estimate_of_tau_is_what_decoding_of_the_same_text_gives(trained_model, prompts):
+    """On the model's own greedy text, the steps that the loss's hits make are the engine's, one by one."""
+    for prompt in prompts:
+        ((_, result),) = trained_model.engine(stop_tokens=[]).generate([prompt], 40)
+        ids = torch.tensor([prompt + result.tokens])
+        labels = ids.clone()
+        labels[:, : len(prompt)] = -100
+        with torch.no_grad():
+            accepted = trained_model(ids, labels=labels).accepted
+        assert simulated(accepted) == result.accepted
+
+
+def test_steps_that_the_end_of_a_text_cuts_short_are_left_out():
+    # two texts in a row, apart by a position that nothing goes on from
+    assert simulated(torch.tensor([[-1, 2, 0, 0, 1, 0, -1, 0, 3, -1, -1]])) == [2, 0]
+    assert simulated(torch.tensor([[-1, -1]])) == []

@@ -69,25 +69,47 @@ def attach(
     seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
 ) -> None:
     """Train heads on a frozen model."""
-    from nextn.training import AttachRecipe, attach_and_train
+    from nextn.config import MultiTokenConfig
+    from nextn.recipe import Recipe
+    from nextn.recipe import train as run
 
-    attach_and_train(
-        AttachRecipe(
-            base=base,
-            data=data,
-            out=out,
-            n=n,
-            heads=heads,
-            vocabulary=vocabulary,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            length=length,
-            batch=batch,
-            save_steps=save_steps,
-            seed=seed,
-        ),
-        say=console.print,
+    school = {"heads": "parallel"} if heads == "parallel" else {"recurrent": heads == "recurrent"}
+    recipe = Recipe(
+        base=base,
+        heads=MultiTokenConfig(n=n, **school),
+        vocabulary=vocabulary or None,
+        data=[str(file) for file in data],
+        length=length,
+        seed=seed,
+        training={
+            "num_train_epochs": epochs,
+            "learning_rate": learning_rate,
+            "per_device_train_batch_size": batch,
+            "save_steps": save_steps,
+        },
     )
+    run(recipe, out, say=console.print)
+
+
+@app.command()
+@_plainly
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, such as those in recipes/.")],
+    out: Annotated[Path, typer.Option(help="Where the result goes; training goes on from here when killed.")],
+    base: Annotated[str | None, typer.Option(help="The model to start from, over the recipe's.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Files or hub datasets, over the recipe's; repeatable.")
+    ] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="field=value, over the recipe's: training.max_steps=100.")
+    ] = None,
+) -> None:
+    """Train by a recipe: from scratch, heads on a frozen model, or both together."""
+    from nextn.recipe import Recipe
+    from nextn.recipe import train as run
+
+    given = {name: value for name, value in (("base", base), ("data", data)) if value}
+    run(Recipe.read(recipe, given, change or []), out, say=console.print)
 
 
 @app.command()

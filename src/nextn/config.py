@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,25 +15,29 @@ class ConfigError(ValueError):
     """A config that cannot be used; the message says what is wrong and what to do."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A config whose errors are sentences."""
+
     model_config = ConfigDict(extra="forbid")
+    what: ClassVar[str] = "config"
 
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(_readable(error)) from None
+            raise ConfigError(_readable(error, self.what)) from None
 
 
 class OutputConfig(BaseModel):
     """The projection to the vocabulary.
 
-    kind: `shared` (the trunk's unembedding) or `trimmed` (a subset of its rows).
+    kind: `shared` (the trunk's unembedding), `separate` (a table of its own for each module of the heads) or `trimmed`
+        (a subset of the trunk's rows).
     size: how many tokens a trimmed output can name.
     """
 
     model_config = ConfigDict(extra="forbid")
-    kind: Literal["shared", "trimmed"] = "shared"
+    kind: Literal["shared", "separate", "trimmed"] = "shared"
     size: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
@@ -95,7 +99,51 @@ class ObjectiveConfig(BaseModel):
         return self
 
 
-class MultiTokenConfig(_Strict):
+class PhaseConfig(BaseModel):
+    """Weights that hold until a share of the training is done."""
+
+    model_config = ConfigDict(extra="forbid")
+    until: float = Field(default=1.0, gt=0, le=1)
+    weights: WeightsConfig
+
+
+class ScheduleConfig(BaseModel):
+    """How the weights of the heads change while they are trained, and on what they are trained.
+
+    phases: weights one after the other, such as DeepSeek-V3's 0.3 and then 0.1; after the last one, and without any,
+        the weights of the config.
+    curriculum: `forward` adds one depth after the other, `reverse` takes the furthest away one after the other, in n
+        equal parts of the training (arXiv:2505.22757).
+    start: the share of the training before which heads have no weight.
+    share, share_of: heads are trained on a random share of the `positions`, or of the `sequences` of a batch (at least
+        one), which saves the work on the others. Their loss is scaled up, so that its expectation stays.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    phases: list[PhaseConfig] = []
+    curriculum: Literal["none", "forward", "reverse"] = "none"
+    start: float = Field(default=0.0, ge=0, lt=1)
+    share: float = Field(default=1.0, gt=0, le=1)
+    share_of: Literal["positions", "sequences"] = "positions"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ScheduleConfig:
+        ends = [phase.until for phase in self.phases]
+        if ends != sorted(set(ends)):
+            raise ValueError("schedule.phases must end one after the other (until: rising)")
+        return self
+
+    def weights_at(self, progress: float, usual: WeightsConfig, n: int) -> list[float]:
+        """[w_1, …, w_n] when a share `progress` of the training is done."""
+        phase = next((phase.weights for phase in self.phases if progress < phase.until), usual)
+        weights = phase.by_depth(n)
+        deepest = {"none": n, "forward": 1 + int(progress * n), "reverse": n - int(progress * n)}[self.curriculum]
+        if progress < self.start:
+            deepest = 1
+        return [weight if depth <= deepest else 0.0 for depth, weight in enumerate(weights, start=1)]
+
+
+class MultiTokenConfig(Strict):
     """Multi-token prediction on top of a causal language model.
 
     n: how many tokens are predicted, the next one included; heads of depth 2 … n are added, so n-1 drafts a step.
@@ -118,6 +166,7 @@ class MultiTokenConfig(_Strict):
         ConfigError: with one sentence a problem.
     """
 
+    what: ClassVar[str] = "multi-token config"
     n: int = Field(default=4, ge=2)
     heads: Literal["sequential", "parallel"] = "sequential"
     recurrent: bool = False
@@ -152,15 +201,15 @@ class MultiTokenConfig(_Strict):
         return "recurrent" if self.recurrent else "distinct" if self.heads == "sequential" else "parallel"
 
 
-def _readable(error: ValidationError) -> str:
+def _readable(error: ValidationError, what: str) -> str:
     problems = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
+        message = problem["msg"].removeprefix("Value error, ").rstrip(".")
         if where == "n" and problem["type"] == "greater_than_equal":
             message = f"must be at least 2 (the next token and one more), not {problem['input']}"
         problems.append(f"{where}: {message}" if where else message)
-    return "The multi-token config is not usable: " + "; ".join(problems) + "."
+    return f"The {what} is not usable: {'; '.join(problems)}."
 
 
 def cache_directory() -> Path:

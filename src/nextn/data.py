@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.decoders import DecodeStream
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, default_collate
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nextn.losses import IGNORE
 
 
 class DataError(ValueError):
     """A data file that cannot be used; the message says why."""
+
+
+Example = tuple[list[int], list[int]]  # token ids, and the labels of the same places
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -28,7 +37,13 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"There is no data file {path}.")
-    records = []
+    records = list(_json_lines(path))
+    if not records:
+        raise DataError(f"{path} has no records.")
+    return records
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -38,10 +53,60 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
                     raise DataError(f"{path}, line {number}, is not JSON; expected one JSON object a line.") from None
                 if not isinstance(record, dict):
                     raise DataError(f"{path}, line {number}, is no JSON object; expected one a line.")
-                records.append(record)
-    if not records:
-        raise DataError(f"{path} has no records.")
-    return records
+                yield record
+
+
+def records_of(source: str | Path, split: str = "train", text_bytes: int = 1 << 16) -> Iterator[dict[str, Any]]:
+    """The records of a data source, one at a time.
+
+    Args:
+        source: a file of JSON lines (`.jsonl`, `.json`) or Parquet (`.parquet`), any other file as plain text, or the
+            name of a dataset on the hub (`owner/name`, or `owner/name:config`).
+        split: of a dataset on the hub.
+        text_bytes: plain text comes in pieces of about so many bytes, cut at the ends of lines.
+
+    Raises:
+        DataError: where there is neither such a file nor such a dataset.
+    """
+    path = Path(source)
+    if path.is_file() and path.suffix in (".jsonl", ".json"):
+        yield from _json_lines(path)
+    elif path.is_file() and path.suffix == ".parquet":
+        yield from _loaded("parquet", None, "train", data_files=str(path))
+    elif path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            while piece := lines.readlines(text_bytes):
+                yield {"text": "".join(piece)}
+    elif str(source).count("/") == 1 and not str(source).startswith((".", "/")):
+        name, _, config = str(source).partition(":")
+        yield from _loaded(name, config or None, split)
+    else:
+        raise DataError(f"There is no data file {path}.")
+
+
+def _loaded(name: str, config: str | None, split: str, **kwargs: Any) -> Iterator[dict[str, Any]]:
+    """The records of a dataset, streamed by the `datasets` library."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError(f"{name} is read by the datasets library: pip install 'nextn[eval]'.") from None
+    try:
+        yield from load_dataset(name, config, split=split, streaming=True, **kwargs)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DataError(f"The dataset {kwargs.get('data_files', name)} cannot be read: {reason}.") from None
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the 256 bytes, `<pad>` and `<eos>`: 258 in all, which any transformers can load."""
+    # GPT-2's letters for bytes, in the order of the bytes: those that print stand for themselves.
+    printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printing]
+    letters = {byte: chr(byte) for byte in printing} | {byte: chr(256 + place) for place, byte in enumerate(others)}
+    backend = Tokenizer(BPE(vocab={letters[byte]: byte for byte in range(256)}, merges=[]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
@@ -89,14 +154,16 @@ class TextStream:
         return self._stream.step(self._backend, token) or ""
 
 
-def example(tokenizer: Any, record: dict[str, Any]) -> tuple[list[int], list[int]] | None:
+def example(tokenizer: Any, record: dict[str, Any]) -> Example | None:
     """One record as (ids, labels); None where it holds no usable text.
 
-    `{"prompt", "answer"}` trains on the answer only, its end token included unless `finish` says that it was cut
-    (`tokens`, where `distill` wrote them, are the answer as it was emitted);
-    `{"text"}` trains on all of it.
+    `{"messages"}` (a chat, with `role` and `content`) trains on what the assistant says; `{"prompt", "answer"}` on the
+    answer, its end token included unless `finish` says that it was cut (`tokens`, where `distill` wrote them, are the
+    answer as it was emitted); `{"text"}` on all of it.
     """
     answer, text = record.get("answer"), record.get("text")
+    if isinstance(record.get("messages"), list):
+        return _chat(tokenizer, record["messages"])
     if isinstance(record.get("prompt"), str) and isinstance(answer, str) and answer:
         head, tail = prompt_ids(tokenizer, record["prompt"]), _answer_ids(tokenizer, record)
         return head + tail, [IGNORE] * len(head) + tail
@@ -104,6 +171,28 @@ def example(tokenizer: Any, record: dict[str, Any]) -> tuple[list[int], list[int
         ids = list(tokenizer(text)["input_ids"])
         return ids, [IGNORE, *ids[1:]]  # nothing predicts a text's first token
     return None
+
+
+def _chat(tokenizer: Any, messages: list[dict[str, Any]]) -> Example | None:
+    """A chat, with labels on what the assistant says, its end token included."""
+    if not tokenizer.chat_template:
+        raise DataError(f"{tokenizer.name_or_path or 'The tokenizer'} has no chat template, but the data has messages.")
+    ids: list[int] = []
+    labels: list[int] = []
+    for place, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        asked = _templated(tokenizer, messages[:place], add_generation_prompt=True)
+        said = _templated(tokenizer, messages[: place + 1])
+        if asked[: len(ids)] != ids or said[: len(asked)] != asked:
+            raise DataError("The chat template rewrites earlier turns, so that no answer can be told from its chat.")
+        labels += [IGNORE] * (len(asked) - len(labels)) + said[len(asked) :]
+        ids = said
+    return (ids, labels) if ids else None
+
+
+def _templated(tokenizer: Any, messages: list[dict[str, Any]], **kwargs: Any) -> list[int]:
+    return list(tokenizer.apply_chat_template(messages, return_dict=True, **kwargs)["input_ids"])
 
 
 def _answer_ids(tokenizer: Any, record: dict[str, Any]) -> list[int]:
@@ -129,9 +218,9 @@ class PackedBlocks(Dataset):
     `attention_mask` 0.
     """
 
-    def __init__(self, examples: Iterable[tuple[list[int], list[int]]], length: int, pad_id: int) -> None:
+    def __init__(self, examples: Iterable[Example], length: int, pad_id: int) -> None:
         self.length, self.pad_id = length, pad_id
-        self.blocks: list[list[tuple[list[int], list[int]]]] = list(_first_fit(examples, length))
+        self.blocks: list[list[Example]] = list(_first_fit(examples, length))
         if not self.blocks:
             raise DataError("The data has no usable text: expected records with `prompt` and `answer`, or `text`.")
 
@@ -139,21 +228,24 @@ class PackedBlocks(Dataset):
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        documents = self.blocks[index]
-        ids = [token for document, _ in documents for token in document]
-        labels = [label for _, document in documents for label in document]
-        positions = [place for document, _ in documents for place in range(len(document))]
-        padding = self.length - len(ids)
-        return {
-            "input_ids": torch.tensor(ids + [self.pad_id] * padding),
-            "labels": torch.tensor(labels + [IGNORE] * padding),
-            "position_ids": torch.tensor(positions + list(range(padding))),
-            "attention_mask": torch.tensor([1] * len(ids) + [0] * padding),
-        }
+        return _block(self.blocks[index], self.length, self.pad_id)
 
     def batch(self, places: Iterable[int]) -> dict[str, Tensor]:
         """Several blocks as one batch [B, length]."""
         return default_collate([self[place] for place in places])
+
+    def part(self, places: Iterable[int]) -> PackedBlocks:
+        """Some of the blocks."""
+        chosen = copy.copy(self)
+        chosen.blocks = [self.blocks[place] for place in places]
+        return chosen
+
+    @property
+    def labels(self) -> Tensor:
+        """The tokens that carry a label, one after the other."""
+        return torch.tensor(
+            [label for block in self.blocks for _, labels in block for label in labels if label != IGNORE]
+        )
 
     @property
     def trained_tokens(self) -> int:
@@ -161,11 +253,37 @@ class PackedBlocks(Dataset):
         return sum(label != IGNORE for block in self.blocks for _, labels in block for label in labels)
 
 
-def _first_fit(
-    examples: Iterable[tuple[list[int], list[int]]], length: int, open_blocks: int = 16
-) -> Iterator[list[tuple[list[int], list[int]]]]:
+class StreamedBlocks(IterableDataset):
+    """As `PackedBlocks`, packed as the text comes: for more text than memory holds.
+
+    Args:
+        examples: makes the examples anew for each pass over them.
+    """
+
+    def __init__(self, examples: Callable[[], Iterable[Example]], length: int, pad_id: int) -> None:
+        self.examples, self.length, self.pad_id = examples, length, pad_id
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for documents in _first_fit(self.examples(), self.length):
+            yield _block(documents, self.length, self.pad_id)
+
+
+def _block(documents: list[Example], length: int, pad_id: int) -> dict[str, Tensor]:
+    ids = [token for document, _ in documents for token in document]
+    labels = [label for _, document in documents for label in document]
+    positions = [place for document, _ in documents for place in range(len(document))]
+    padding = length - len(ids)
+    return {
+        "input_ids": torch.tensor(ids + [pad_id] * padding),
+        "labels": torch.tensor(labels + [IGNORE] * padding),
+        "position_ids": torch.tensor(positions + list(range(padding))),
+        "attention_mask": torch.tensor([1] * len(ids) + [0] * padding),
+    }
+
+
+def _first_fit(examples: Iterable[Example], length: int, open_blocks: int = 16) -> Iterator[list[Example]]:
     """Pack greedily into the first of a few open blocks that has room."""
-    blocks: list[tuple[int, list[tuple[list[int], list[int]]]]] = []
+    blocks: list[tuple[int, list[Example]]] = []
     for ids, labels in examples:
         ids, labels = ids[:length], labels[:length]
         if all(label == IGNORE for label in labels):
@@ -183,7 +301,19 @@ def _first_fit(
     yield from (block for _, block in blocks)
 
 
-def load_examples(paths: Iterable[str | Path], tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    """The usable records of JSON-lines files as (ids, labels)."""
-    records = [record for path in paths for record in read_jsonl(path)]
-    return [made for record in records if (made := example(tokenizer, record)) is not None]
+def examples_of(
+    sources: Iterable[str | Path], tokenizer: PreTrainedTokenizerBase, length: int, split: str = "train"
+) -> Iterator[Example]:
+    """The usable records of data sources as (ids, labels), plain text in pieces of at most `length` tokens."""
+    for source in sources:
+        for record in records_of(source, split):
+            made = example(tokenizer, record)
+            if made is None:
+                continue
+            if "answer" in record or "messages" in record:
+                yield made
+                continue
+            ids, _ = made
+            for start in range(0, len(ids), length):
+                piece = ids[start : start + length]
+                yield piece, [IGNORE, *piece[1:]]

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from nextn.config import MultiTokenConfig, ObjectiveConfig
+from nextn.config import MultiTokenConfig, ObjectiveConfig, ScheduleConfig
 from nextn.decoding.drafting import HeadDrafter
 from nextn.decoding.engine import Code, Engine
 from nextn.heads import build_heads
@@ -31,12 +31,15 @@ class MultiTokenOutput(ModelOutput):
     depth_losses: mean negative log-likelihood by depth 1 … n [n], NaN where a depth was not computed.
     depth_accuracies: share of targets that were the best token, by depth [n]; a target that a trimmed output cannot
         name counts as missed.
+    accepted: how many drafts from each position are the text's tokens, all earlier ones included [B, T]; -1 where
+        there is no t+1 target. None where heads saw only a part of the batch.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     depth_losses: Tensor | None = None
     depth_accuracies: Tensor | None = None
+    accepted: Tensor | None = None
 
 
 class MultiTokenModel(PreTrainedModel):
@@ -59,6 +62,7 @@ class MultiTokenModel(PreTrainedModel):
         self.multi_token = config
         self.heads = build_heads(config, trunk)
         self.weights = config.weights.by_depth(config.n)  # a schedule may change them while training
+        self.schedule = ScheduleConfig()  # a trainer sets it
         self.generation_config = base.generation_config
         self.base.requires_grad_(not config.freeze_trunk)
         self.train(base.training)
@@ -129,49 +133,64 @@ class MultiTokenModel(PreTrainedModel):
     def _loss(
         self, text: Text, hidden: Tensor | None, tapped: Tensor, labels: Tensor, denominator: Tensor | int | None
     ) -> MultiTokenOutput:
-        n, weights = self.multi_token.n, self.weights
-        targets = [targets_at(labels, text.documents, k) for k in range(1, n + 1)]
-        states = dict[int, Tensor]()  # by depth from 0; those without weight are left out
-        if hidden is not None and weights[0]:
-            states[0] = hidden
-        if any(weights[1:]):
-            made = self.heads(self.trunk, tapped.to(next(self.heads.parameters()).dtype), text)
-            states |= {k: state for k, state in enumerate(made, start=1) if weights[k]}
-        counts = torch.stack([(target != IGNORE).sum() for target in targets]).clamp(min=1)
-        losses = counts.new_full((n,), torch.nan, dtype=torch.float32)
-        accuracies, total = losses.clone(), losses.new_zeros(())
-        teachers = self._teachers(hidden, tapped)
-        for output, objective, places in self._passes(sorted(states)):
-            depths = [Depth(states[k], targets[k], weights[k], teachers(k)) for k in places]
-            found = depth_losses(self.trunk, output, depths, objective)
+        n, targets = self.multi_token.n, targets_at(labels, text.documents, 1)
+        items = (targets != IGNORE).sum().clamp(min=1)
+        depths = self._head_depths(text, hidden, tapped, labels) if any(self.weights[1:]) else {}
+        if hidden is not None and self.weights[0]:
+            depths[1] = Depth(hidden, targets, self.weights[0])
+        losses = labels.new_full((n,), torch.nan, dtype=torch.float32)
+        accuracies, total, hits = losses.clone(), losses.new_zeros(()), dict[int, Tensor]()
+        for output, objective, members in self._passes(sorted(depths)):
+            found = depth_losses(self.trunk, output, [depths[k] for k in members], objective)
             total = total + found.total
-            losses[places] = (found.sums / counts[places]).float()
-            accuracies[places] = found.hits.sum(dim=(1, 2)) / counts[places]
+            for place, k in enumerate(members):
+                count = (depths[k].targets != IGNORE).sum().clamp(min=1)
+                losses[k - 1], accuracies[k - 1] = found.sums[place] / count, found.hits[place].sum() / count
+                hits[k] = found.hits[place]
         return MultiTokenOutput(
-            loss=total / (counts[0] if denominator is None else denominator),
+            loss=total / (items if denominator is None else denominator),
             depth_losses=losses,
             depth_accuracies=accuracies,
+            accepted=_leading(hits, targets, n),
         )
 
-    def _passes(self, depths: list[int]) -> list[tuple[Output, ObjectiveConfig, list[int]]]:
-        """Output, objective and the depths (from 0) that have them in common: one pass through a table each."""
-        output, objective, text = self.heads.output, self.multi_token.objective, ObjectiveConfig()
-        if 0 not in depths or (isinstance(output, SharedOutput) and objective == text):
-            return [(output, objective, depths)] if depths else []
-        passes = [
-            (SharedOutput(), text, [0]),
-            (output, objective, depths[1:]),
-        ]  # head 1 names all, and follows the text
-        return passes if depths[1:] else passes[:1]
+    def _head_depths(self, text: Text, hidden: Tensor | None, tapped: Tensor, labels: Tensor) -> dict[int, Depth]:
+        """What the heads bring to the loss, by depth; on a share of the batch where the schedule says so."""
+        schedule = self.schedule if self.training else ScheduleConfig()
+        teachers, scale = self._teachers(hidden, tapped), 1.0
+        if schedule.share < 1 and schedule.share_of == "sequences":
+            whole = len(labels)
+            rows = torch.randperm(whole, device=labels.device)[: max(1, round(schedule.share * whole))]
+            text, tapped, labels = text.rows(rows), tapped[rows], labels[rows]
+            teachers, scale = [None if each is None else each[rows] for each in teachers], whole / len(rows)
+        states = self.heads(self.trunk, tapped.to(next(self.heads.parameters()).dtype), text)
+        depths = {}
+        for k, state in enumerate(states, start=2):
+            targets = targets_at(labels, text.documents, k)
+            if schedule.share < 1 and schedule.share_of == "positions":
+                left_out = torch.rand(targets.shape, device=targets.device) >= schedule.share
+                targets, scale = targets.masked_fill(left_out, IGNORE), 1 / schedule.share
+            if self.weights[k - 1]:
+                depths[k] = Depth(state, targets, self.weights[k - 1] * scale, teachers[k - 2])
+        return depths
 
-    def _teachers(self, hidden: Tensor | None, tapped: Tensor) -> Callable[[int], Tensor | None]:
-        """From a depth (from 0) to the trunk's states, after its final norm, that predict the same tokens [B, T, D]."""
+    def _passes(self, depths: list[int]) -> list[tuple[Output, ObjectiveConfig, list[int]]]:
+        """Output, objective and the depths that have them in common: one pass through a table each."""
+        text, passes = ObjectiveConfig(), dict[tuple[int, bool], tuple[Output, ObjectiveConfig, list[int]]]()
+        own = self.heads.output if type(self.heads.output) is SharedOutput else SharedOutput()
+        for k in depths:  # head 1 names all tokens, and follows the text
+            output, objective = (own, text) if k == 1 else (self.heads.output.at(k), self.multi_token.objective)
+            passes.setdefault((id(output), objective == text), (output, objective, []))[2].append(k)
+        return list(passes.values())
+
+    def _teachers(self, hidden: Tensor | None, tapped: Tensor) -> list[Tensor | None]:
+        """The trunk's states, after its final norm, that predict the same tokens as depth 2 … n: [B, T, D] each."""
         if self.multi_token.objective.follows == "text":
-            return lambda place: None
-        states = tapped if hidden is None else hidden
+            return [None] * (self.multi_token.n - 1)
         if hidden is None and self.heads.tap != "post_norm":
             raise ValueError("Heads that follow the trunk's distribution need its run: leave trunk_states out.")
-        return lambda place: states.detach().roll(-place, dims=1)
+        states = (tapped if hidden is None else hidden).detach()
+        return [states.roll(-ahead, dims=1) for ahead in range(1, self.multi_token.n)]
 
     # --- decoding ---------------------------------------------------------------------------------------------
 
@@ -268,6 +287,20 @@ class MultiTokenModel(PreTrainedModel):
         from nextn.formats.native import save
 
         save(self, save_directory, tokenizer)
+
+
+def _leading(hits: dict[int, Tensor], targets: Tensor, n: int) -> Tensor | None:
+    """How many depths 2, 3 … hit one after the other [B, T]; -1 where the t+1 `targets` have none."""
+    standing = torch.ones_like(targets)
+    count = torch.zeros_like(targets)
+    for k in range(2, n + 1):
+        if k not in hits:
+            break
+        if hits[k].shape != targets.shape:
+            return None
+        standing = standing * hits[k]
+        count += standing
+    return torch.where(targets == IGNORE, -1, count)
 
 
 def end_tokens(base: PreTrainedModel) -> list[int]:

@@ -33,6 +33,10 @@ class Output(nn.Module, ABC):
         """The module that owns the table; called, it gives logits of all tokens."""
         return trunk.unembedding
 
+    def at(self, depth: int) -> Output:
+        """The output of one depth; the same for all, unless depths have tables of their own."""
+        return self
+
     @abstractmethod
     def size(self, trunk: Trunk) -> int:
         """V', the number of tokens that can be named."""
@@ -64,6 +68,35 @@ class SharedOutput(Output):
 
     def targets(self, token_ids: Tensor) -> Tensor:
         return token_ids
+
+
+class OwnOutput(SharedOutput):
+    """A table of its own, at first a copy of the trunk's unembedding."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        self.table = nn.Linear(trunk.width, trunk.vocab_size, bias=False, device=trunk.device, dtype=trunk.dtype)
+        with torch.no_grad():
+            self.table.weight.copy_(trunk.unembedding.weight)
+
+    def forward(self, trunk: Trunk, states: Tensor) -> Tensor:
+        return self.table(states.to(self.table.weight.dtype))
+
+    def projection(self, trunk: Trunk) -> nn.Module:
+        return self.table
+
+
+class SeparateOutput(SharedOutput):
+    """A table of its own for each module of the heads (Gloeckle's replicated unembeddings): call it through `at`."""
+
+    def __init__(self, modules: int, trunk: Trunk) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(OwnOutput(trunk) for _ in range(modules))
+
+    def at(self, depth: int) -> Output:
+        table = self.tables[min(depth - 2, len(self.tables) - 1)]  # a recurrent module has one for all depths
+        assert isinstance(table, OwnOutput)
+        return table
 
 
 class TrimmedOutput(Output):
@@ -125,10 +158,12 @@ def best(logits: Tensor) -> Tensor:
     return chosen[..., 0] * block + within
 
 
-def build_output(config: OutputConfig, trunk: Trunk) -> Output:
-    """The output that `config` describes, over the vocabulary of `trunk`."""
+def build_output(config: OutputConfig, trunk: Trunk, modules: int) -> Output:
+    """The output that `config` describes, over the vocabulary of `trunk`, for heads of so many modules."""
     if config.kind == "shared":
         return SharedOutput()
+    if config.kind == "separate":
+        return SeparateOutput(modules, trunk)
     assert config.size is not None
     if config.size > trunk.vocab_size:
         raise ValueError(f"output.size is {config.size}, but the base's vocabulary has {trunk.vocab_size} tokens.")

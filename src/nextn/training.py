@@ -4,52 +4,79 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
-from nextn.config import ConfigError, MultiTokenConfig, OutputConfig
-from nextn.data import PackedBlocks, load_examples
-from nextn.formats import FormatError, native
-from nextn.formats.bundled import sha256
-from nextn.model import MultiTokenModel, MultiTokenOutput, attach
-from nextn.output import TrimmedOutput, most_frequent
-from nextn.trunk import Trunk
+from nextn.config import ConfigError, ScheduleConfig
+from nextn.data import PackedBlocks
+from nextn.formats import native
+from nextn.model import MultiTokenModel, MultiTokenOutput
+
+ADAPTERS = "adapters.safetensors"
 
 
 class Trainer(transformers.Trainer):
     """transformers.Trainer whose checkpoints hold the heads and whose resuming restores them.
 
-    With a frozen trunk a checkpoint holds `nextn/` only, else the whole model in our layout. (The stock Trainer trains
-    a MultiTokenModel as well, but resuming with it would silently leave the heads as they are.)
+    A checkpoint holds `nextn/` with the heads and, where the trunk is trained, the whole model in our layout, or the
+    trunk's adapters. (The stock Trainer trains a MultiTokenModel as well, but resuming with it would silently leave the
+    heads as they are.) The log has loss and accuracy by depth; an evaluation also has `tau`, the tokens per step that
+    the heads would bring if the held-out text were the model's own.
+
+    Args:
+        schedule: how weights change, and on what heads are trained; default: always the config's, on all.
     """
 
     model: MultiTokenModel
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, schedule: ScheduleConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.model.schedule = schedule or ScheduleConfig()
         self._depths: list[tuple[Tensor, Tensor]] = []
+        self._accepted: list[int] = []
+        self.add_callback(_Scheduled(self.model))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if isinstance(outputs, MultiTokenOutput) and model.training:
-            assert outputs.depth_losses is not None and outputs.depth_accuracies is not None
-            self._depths.append((outputs.depth_losses, outputs.depth_accuracies))
+        if isinstance(outputs, MultiTokenOutput) and outputs.depth_losses is not None:
+            if model.training:
+                assert outputs.depth_accuracies is not None
+                self._depths.append((outputs.depth_losses, outputs.depth_accuracies))
+            elif outputs.accepted is not None:
+                self._accepted += simulated(outputs.accepted)
         return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        self._accepted.clear()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        assert output.metrics is not None
+        counts = torch.tensor([len(self._accepted), sum(self._accepted)], device=self.args.device)
+        steps, drafts = self.accelerator.reduce(counts, "sum").tolist()
+        if steps:
+            output.metrics[f"{metric_key_prefix}_tau"] = 1 + drafts / steps
+        return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._depths and "loss" in logs:
             losses, accuracies = (
-                torch.stack(figures).mean(dim=0).tolist() for figures in zip(*self._depths, strict=True)
+                torch.stack(figures).nanmean(dim=0).tolist() for figures in zip(*self._depths, strict=True)
             )
             self._depths.clear()
             for depth, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True), start=1):
@@ -57,12 +84,44 @@ class Trainer(transformers.Trainer):
                     logs |= {f"loss_{depth}": round(loss, 4), f"accuracy_{depth}": round(accuracy, 4)}
         super().log(logs, *args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        directory = output_dir or str(self.args.output_dir)
-        if self.model.multi_token.freeze_trunk:
-            native.save_heads(self.model, directory, base_hash=self._base_hash, tokenizer=self.processing_class)
+    # --- checkpoints ------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        model, directory = self.model, output_dir or str(self.args.output_dir)
+        whole = model.state_dict() if state_dict is None else state_dict  # of FSDP: gathered from all processes
+        parts = {
+            part: {
+                name.removeprefix(f"{part}."): tensor for name, tensor in whole.items() if name.startswith(f"{part}.")
+            }
+            for part in ("heads", "base")
+        }
+        base_hash = None
+        if model.multi_token.freeze_trunk:
+            base_hash = self._base_hash
+        elif adapters := adapter_names(model.base):
+            path = native.writable(directory) / ADAPTERS
+            save_file({name: parts["base"][name].contiguous() for name in adapters}, path)
+            base_hash = self._base_hash
         else:
-            native.save(self.model, directory, self.processing_class)
+            model.base.save_pretrained(native.writable(directory), state_dict=parts["base"])
+            base_hash = native.hash_of(model.base, directory)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(directory)
+        native.save_heads(
+            model, directory, base_hash=base_hash, tokenizer=self.processing_class, tensors=parts["heads"]
+        )
+
+    def save_result(self, directory: Path, base_name: str | None) -> None:
+        """Write what the training was for: heads in bfloat16 for a frozen base, else a plain model and its heads."""
+        if self.model.multi_token.freeze_trunk and not self.is_fsdp_enabled:
+            native.save_heads(
+                self.model, directory, base_name=base_name, dtype=torch.bfloat16, tokenizer=self.processing_class
+            )
+            return
+        merge_adapters(self.model.base)
+        self.save_model(str(directory))
 
     @cached_property
     def _base_hash(self) -> str:  # of a frozen base, for every checkpoint
@@ -73,11 +132,71 @@ class Trainer(transformers.Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        model = model or self.model
-        if not model.multi_token.freeze_trunk:
-            stored = native.load_base(resume_from_checkpoint, dtype=model.trunk.dtype)
-            model.base.load_state_dict(stored.state_dict())
+        if self.is_fsdp_enabled:
+            raise ConfigError(
+                f"Going on from {resume_from_checkpoint} under FSDP is not supported yet; go on in one process, or "
+                "start anew in another directory."
+            )
+        model, base = self.model, self.model.base
+        if model.multi_token.freeze_trunk:
+            pass
+        elif names := adapter_names(base):
+            stored = native.read_tensors(Path(resume_from_checkpoint) / ADAPTERS)
+            base.load_state_dict({name: stored[name] for name in names}, strict=False)
+        else:
+            base.load_state_dict(native.load_base(resume_from_checkpoint, dtype=model.trunk.dtype).state_dict())
         native.load_heads(model, resume_from_checkpoint)
+
+
+class _Scheduled(transformers.TrainerCallback):
+    """Sets the weights of the depths before each step."""
+
+    def __init__(self, model: MultiTokenModel) -> None:
+        self.model = model
+
+    def on_step_begin(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
+        config = self.model.multi_token
+        progress = state.global_step / max(1, state.max_steps)
+        self.model.weights = self.model.schedule.weights_at(progress, config.weights, config.n)
+
+
+def simulated(accepted: Tensor) -> list[int]:
+    """The accepted drafts of each step of a decoding whose text is the batch's.
+
+    Args:
+        accepted: how many drafts from each position are the text's tokens [B, T]; -1 where no text goes on.
+
+    A step at position t accepts accepted[t] drafts and the bonus token, so the next one is at t + accepted[t] + 1; one
+    that the end of the text cuts short is left out, as in decoding.
+    """
+    steps = []
+    for row in accepted.tolist():
+        place = 0
+        while place < len(row):
+            if row[place] < 0:
+                place += 1
+                continue
+            end = next((t for t in range(place, len(row)) if row[t] < 0), len(row))
+            while place + row[place] + 1 < end:
+                steps.append(row[place])
+                place += row[place] + 1
+            place = end
+    return steps
+
+
+def adapter_names(base: PreTrainedModel) -> list[str]:
+    """The adapters of a trunk by name, and all else that is trained with them; none where there are no adapters."""
+    if not any("lora_" in name for name, _ in base.named_parameters()):
+        return []
+    return [name for name, parameter in base.named_parameters() if parameter.requires_grad]
+
+
+def merge_adapters(base: PreTrainedModel) -> None:
+    """Add the adapters of a trunk to its weights, and put the plain layers back."""
+    for name, module in list(base.named_modules()):
+        if hasattr(module, "base_layer") and hasattr(module, "merge"):
+            module.merge()
+            base.set_submodule(name, module.base_layer)
 
 
 def last_checkpoint(directory: str | Path) -> str | None:
@@ -105,7 +224,7 @@ class WithTrunkStates(Dataset):
     """
 
     def __init__(self, blocks: PackedBlocks, model: MultiTokenModel, path: Path) -> None:
-        self.blocks, self.model = blocks, model
+        self.blocks, self.model, self.path = blocks, model, path
         shape = (len(blocks), blocks.length, model.trunk.width)
         self.states = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=model.trunk.dtype).view(
             shape
@@ -130,122 +249,7 @@ class WithTrunkStates(Dataset):
         """The size of the file."""
         return len(blocks) * blocks.length * model.trunk.width * model.trunk.dtype.itemsize
 
-
-@dataclass(frozen=True)
-class AttachRecipe:
-    """All that decides how heads are attached to a frozen model; the fields are the options of `nextn attach`."""
-
-    base: str
-    data: list[Path]
-    out: Path
-    n: int = 4
-    heads: str = "recurrent"
-    vocabulary: int = 8192
-    epochs: float = 3.0
-    learning_rate: float = 2.5e-3
-    length: int = 512
-    batch: int = 2
-    save_steps: int = 250
-    seed: int = 0
-    max_states_gb: float = 4.0
-
-    def config(self) -> MultiTokenConfig:
-        """The heads that the recipe asks for."""
-        output = OutputConfig(kind="trimmed", size=self.vocabulary) if self.vocabulary else OutputConfig()
-        if self.heads == "parallel":
-            return MultiTokenConfig(n=self.n, heads="parallel", output=output)
-        return MultiTokenConfig(n=self.n, heads="sequential", recurrent=self.heads == "recurrent", output=output)
-
-
-def attach_and_train(recipe: AttachRecipe, say: Callable[[str], None] = print) -> MultiTokenModel:
-    """Attach heads to a frozen base and train them on a text; goes on from the last checkpoint in `recipe.out`.
-
-    The trunk runs in bfloat16, the heads are float32 and compute in bfloat16; they are stored in bfloat16.
-    """
-    config = recipe.config()
-    stated = _claimable(recipe)
-    tokenizer = native.load_tokenizer(recipe.base)
-    base = native.load_base(recipe.base, dtype=torch.bfloat16)
-    if recipe.length > (context := Trunk(base).max_length):
-        raise ConfigError(f"--length is {recipe.length}, but the base reads {context} tokens.")
-    blocks = PackedBlocks(load_examples(recipe.data, tokenizer), recipe.length, tokenizer.pad_token_id or 0)
-    say(f"{blocks.trained_tokens:,} trained tokens in {len(blocks):,} blocks of {recipe.length}")
-
-    transformers.set_seed(recipe.seed)
-    checkpoint = last_checkpoint(recipe.out)
-    model = attach(base, config, calibration=None if checkpoint else blocks.batch(range(min(128, len(blocks)))))
-    if isinstance(model.heads.output, TrimmedOutput):
-        labels = torch.tensor(
-            [label for block in blocks.blocks for _, labels in block for label in labels if label >= 0]
-        )
-        special = [token for token in tokenizer.all_special_ids if token < model.trunk.vocab_size]
-        kept = most_frequent(labels, recipe.vocabulary, model.trunk.vocab_size, special)
-        model.heads.output.keep(kept)
-        covered = (model.heads.output.targets(labels) >= 0).float().mean().item()
-        say(f"drafts can name {len(kept):,} tokens, {covered:.1%} of the text")
-    if checkpoint:
-        say(f"going on from {checkpoint}")
-    (recipe.out / "recipe.json").write_text(stated)
-    model.heads.float()
-    dataset = _with_states(blocks, model, recipe, say)
-
-    arguments = transformers.TrainingArguments(
-        output_dir=str(recipe.out),
-        num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=recipe.batch,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        warmup_steps=20,
-        max_grad_norm=1.0,
-        weight_decay=0.01,
-        adam_beta2=0.95,
-        bf16=True,
-        use_cpu=not torch.accelerator.is_available(),
-        logging_steps=10,
-        save_steps=recipe.save_steps,
-        save_total_limit=2,
-        seed=recipe.seed,
-        report_to=[],
-        remove_unused_columns=False,
-    )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        data_collator=default_collate,  # blocks are of one length; the tokenizer's collator would take them apart
-        processing_class=tokenizer,
-    )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    native.save_heads(model, recipe.out, base_name=recipe.base, dtype=torch.bfloat16, tokenizer=tokenizer)
-    for leftover in recipe.out.glob("trunk_states.*"):
-        leftover.unlink()
-    say(f"heads saved in {recipe.out}")
-    return model.eval()
-
-
-def _claimable(recipe: AttachRecipe) -> str:
-    """The recipe as JSON, the data by name and sha256; a directory in which another one was trained is refused.
-
-    Raises:
-        FormatError: where going on from what is there would mix two trainings.
-    """
-    path = native.writable(recipe.out) / "recipe.json"
-    data = {str(file): sha256(file) for file in recipe.data if file.is_file()}
-    stated = json.dumps({**asdict(recipe), "data": data, "out": "."}, indent=2) + "\n"
-    if path.exists() and path.read_text() != stated:
-        raise FormatError(
-            f"{recipe.out} holds a training with other options or other data ({path}); choose another --out."
-        )
-    return stated
-
-
-def _with_states(
-    blocks: PackedBlocks, model: MultiTokenModel, recipe: AttachRecipe, say: Callable[[str], None]
-) -> Dataset:
-    """The blocks, with the trunk's states kept on disk where more than one pass would need them and they fit."""
-    size = WithTrunkStates.bytes_needed(blocks, model) / 1e9
-    if recipe.epochs <= 1 or size > recipe.max_states_gb:
-        return blocks
-    say(f"the trunk's states are kept in {recipe.out} while training, {size:.1f} GB")
-    return WithTrunkStates(blocks, model, recipe.out / "trunk_states.bin")
+    def forget(self) -> None:
+        """Remove the files."""
+        for suffix in (".bin", ".done"):
+            self.path.with_suffix(suffix).unlink(missing_ok=True)

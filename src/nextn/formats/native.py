@@ -54,6 +54,7 @@ def save_heads(
     dtype: torch.dtype | None = None,
     base_hash: str | None = None,
     tokenizer: Any = None,
+    tensors: dict[str, Tensor] | None = None,
 ) -> None:
     """Write the heads alone, as `directory`/nextn/. The tensors are in place before the config names them.
 
@@ -62,14 +63,15 @@ def save_heads(
         dtype: the stored dtype of floating tensors; default: as they are.
         base_hash: the base's hash, where it is known; default: `hash_of(model.base)`.
         tokenizer: that of the base; heads that know it refuse another one.
+        tensors: the heads' tensors by name, where they had to be gathered; default: the model's.
     """
     extra = writable(Path(directory) / EXTRA)
-    tensors = {
+    stored = {
         name: (tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor).contiguous().cpu()
-        for name, tensor in model.heads.state_dict().items()
+        for name, tensor in (model.heads.state_dict() if tensors is None else tensors).items()
     }
     temporary = extra / "heads.safetensors.part"
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    save_file(stored, temporary, metadata={"format": "pt"})
     os.replace(temporary, extra / "heads.safetensors")
     base = model.base
     description = {
@@ -181,11 +183,7 @@ def load(
         FormatError: for a missing or truncated file, or heads that do not fit the base.
     """
     directory = heads_directory(directory)
-    description = describe(directory)
-    try:
-        config = MultiTokenConfig(**description["multi_token"])
-    except ConfigError as error:
-        raise FormatError(f"{directory / EXTRA / 'config.json'}: {error}") from None
+    description, config = describe(directory), config_of(directory)
     if base is None:
         base = load_base(base_of(directory), dtype=dtype, **kwargs)
     _check_fit(description["base"], base)
@@ -193,6 +191,15 @@ def load(
     load_heads(model, directory)
     model.heads.to(model.trunk.dtype)
     return model.eval()
+
+
+def config_of(directory: str | Path) -> MultiTokenConfig:
+    """What the heads in a directory predict, and how."""
+    directory = heads_directory(directory)
+    try:
+        return MultiTokenConfig(**describe(directory)["multi_token"])
+    except ConfigError as error:
+        raise FormatError(f"{directory / EXTRA / 'config.json'}: {error}") from None
 
 
 def base_of(directory: str | Path) -> str:
@@ -228,7 +235,7 @@ def _reason(error: Exception) -> str:
 def load_heads(model: MultiTokenModel, directory: str | Path) -> None:
     """Put the tensors of `directory`/nextn/heads.safetensors into the model's heads."""
     path = Path(directory) / EXTRA / "heads.safetensors"
-    tensors = _read_tensors(path)
+    tensors = read_tensors(path)
     wanted = model.heads.state_dict()
     wrong = sorted(wanted.keys() ^ tensors.keys()) or sorted(
         name for name in wanted if wanted[name].shape != tensors[name].shape
@@ -254,7 +261,12 @@ def describe(directory: str | Path) -> dict[str, Any]:
     return description
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        FormatError: where it is missing or damaged.
+    """
     if not path.is_file():
         raise FormatError(f"There is no {path}; the heads are missing.")
     try:
@@ -336,7 +348,7 @@ def contents(directory: str | Path) -> dict[str, Any]:
     """What a directory holds: base, hash, heads, and parameters and bytes of each part of the heads."""
     directory = heads_directory(directory)
     description = describe(directory)
-    tensors = _read_tensors(Path(directory) / EXTRA / "heads.safetensors")
+    tensors = read_tensors(Path(directory) / EXTRA / "heads.safetensors")
     parts: dict[str, dict[str, int]] = {}
     plain = sorted(directory.glob("*.safetensors"))
     if plain:

@@ -47,6 +47,10 @@ class Text:
         """Causal within documents."""
         return causal(self.positions, self.positions, self.documents, self.documents)
 
+    def rows(self, chosen: Tensor) -> Text:
+        """Some rows of the batch [R]."""
+        return Text(self.ids[chosen], self.positions[chosen], self.documents[chosen])
+
     def split(self, rows: int) -> Iterator[Text]:
         """The batch in parts of at most so many rows."""
         parts = zip(self.ids.split(rows), self.positions.split(rows), self.documents.split(rows), strict=True)
@@ -64,7 +68,7 @@ class Heads(nn.Module, ABC):
         super().__init__()
         self.n = config.n
         self.tap: str = config.tap or "post_norm"
-        self.output: Output = build_output(config.output, trunk)
+        self.output: Output = build_output(config.output, trunk, modules=1 if self.recurrent else config.n - 1)
         # As transformers' decoder layers have them; `model.gradient_checkpointing_enable()` finds and sets them.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
@@ -93,6 +97,7 @@ class Heads(nn.Module, ABC):
             return self._gradient_checkpointing_func(function, *inputs)
         return function(*inputs)
 
-    def _pick(self, trunk: Trunk, state: Tensor) -> Tensor:
-        """The best token [B] for states [B, D]."""
-        return self.output.token_ids(best(self.output(trunk, state)))
+    def _pick(self, trunk: Trunk, state: Tensor, depth: int) -> Tensor:
+        """The best token [B] for states [B, D] of a depth."""
+        output = self.output.at(depth)
+        return output.token_ids(best(output(trunk, state)))

@@ -56,7 +56,8 @@ class ParallelHeads(Heads):
         # Only a layer with keys and values has to see the whole window.
         start = window.hidden if self.layered else window.newest(window.hidden)
         states = [window.newest(state) if self.layered else state for state in self._chained(start, run)]
-        return torch.stack([self._pick(trunk, self._end(trunk, state)) for state in states], dim=1)
+        drafts = [self._pick(trunk, self._end(trunk, state), depth) for depth, state in enumerate(states, start=2)]
+        return torch.stack(drafts, dim=1)
 
     def _chained(self, hidden: Tensor, run: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
         """run(place, what it reads) for every head, in order of depth."""

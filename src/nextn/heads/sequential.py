@@ -110,7 +110,7 @@ class DistinctHeads(Heads):
         for k, (module, cache) in enumerate(zip(self.steps, caches, strict=True), start=2):
             visible = cache.place(window.positions, rows)
             state = module(trunk, ids[:, k - 2 : k - 2 + width], state, window.positions, visible, cache)
-            ids[batch, window.last + k - 1] = self._pick(trunk, window.newest(state))
+            ids[batch, window.last + k - 1] = self._pick(trunk, window.newest(state), k)
         first = window.last[:, None] + 1
         return ids[batch[:, None], first + torch.arange(self.n - 1, device=ids.device)]
 
@@ -187,10 +187,10 @@ class RecurrentHeads(Heads):
         visible = cache.place(window.positions, rows)
         states = self.step(trunk, window.following, window.hidden, window.positions, visible, cache)
         state, position = window.newest(states)[:, None], window.newest(window.positions)[:, None]
-        drafts = [self._pick(trunk, state[:, 0])]
-        for _ in range(self.n - 2):
+        drafts = [self._pick(trunk, state[:, 0], 2)]
+        for k in range(3, self.n + 1):
             position = torch.where(position < 0, position, position + 1)
             visible = cache.place(position, rows)
             state = self.step(trunk, drafts[-1][:, None], state, position, visible, cache)
-            drafts.append(self._pick(trunk, state[:, 0]))
+            drafts.append(self._pick(trunk, state[:, 0], k))
         return torch.stack(drafts, dim=1)

@@ -1,0 +1,411 @@
+"""A training as a file: what is trained, on what, and how; and running it.
+
+Three ways lie behind one command (`nextn train RECIPE.yaml`): from scratch (`scratch` names the shape of a plain
+model), heads attached to a frozen model (`base`, `heads.freeze_trunk: true`), and both together
+(`heads.freeze_trunk: false`, all weights or, with `lora`, adapters).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+import yaml
+from pydantic import Field, model_validator
+from rich.table import Table
+from torch import nn
+from torch.utils.data import Dataset, default_collate
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from nextn.config import ConfigError, MultiTokenConfig, ScheduleConfig, Strict
+from nextn.data import PackedBlocks, StreamedBlocks, byte_tokenizer, examples_of
+from nextn.formats import FormatError, native
+from nextn.formats.bundled import sha256
+from nextn.model import MultiTokenModel, attach
+from nextn.output import TrimmedOutput, most_frequent
+from nextn.training import Trainer, WithTrunkStates, last_checkpoint
+from nextn.trunk import context_length
+
+BYTES = "bytes"
+CALIBRATION_BLOCKS = 128
+
+Say = Callable[[Any], Any]
+
+
+class Recipe(Strict):
+    """All that decides a training.
+
+    base: the model to start from: a directory, a hub name or the bundled model. Where it has heads already and `heads`
+        is left out, these are trained on.
+    scratch: or the config of a plain model in transformers' terms (`model_type`, `hidden_size`, …), to start from
+        random weights. Its layers are those of the model that predicts one token; each parallel transformer head takes
+        the place of one of them (Gloeckle et al.), so that both are equal in size.
+    tokenizer: with `scratch`, a directory or hub name, or `bytes`.
+    heads: what is predicted, by which heads; see `MultiTokenConfig`.
+    vocabulary: for a trimmed output: so many tokens, the most frequent of the data.
+    data: files (.jsonl, .parquet, plain text) or datasets of the hub; see `nextn.data`.
+    split: of datasets on the hub.
+    stream: pack the text as it comes, for more than memory holds; needs `training.max_steps`.
+    validation: the share of the blocks that is held out; τ is estimated on it each time it is evaluated.
+    length: tokens in a packed block.
+    schedule: see `ScheduleConfig`.
+    lora: train adapters of the trunk rather than its weights: the arguments of `peft.LoraConfig`.
+    max_states_gb: keep the states of a frozen trunk on disk while training, where more than one pass needs them and
+        they take no more than this.
+    seed: of the order of the data, and of random weights.
+    training: arguments of `transformers.TrainingArguments`, over the defaults of `Recipe.arguments`.
+    """
+
+    what: ClassVar[str] = "recipe"
+    base: str | None = None
+    scratch: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    heads: MultiTokenConfig | None = None
+    vocabulary: int | None = Field(default=None, ge=1)
+    data: list[str] = Field(min_length=1)
+    split: str = "train"
+    stream: bool = False
+    validation: float = Field(default=0.0, ge=0, lt=1)
+    length: int = Field(default=512, ge=2)
+    schedule: ScheduleConfig = ScheduleConfig()
+    lora: dict[str, Any] | None = None
+    max_states_gb: float = Field(default=4.0, ge=0)
+    seed: int = 0
+    training: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Recipe:
+        if (self.base is None) == (self.scratch is None):
+            raise ValueError("give either base or scratch")
+        if self.scratch is not None:
+            if self.tokenizer is None or self.heads is None:
+                raise ValueError("scratch needs a tokenizer and heads")
+            if "model_type" not in self.scratch or "num_hidden_layers" not in self.scratch:
+                raise ValueError("scratch needs model_type and num_hidden_layers")
+            if self.heads.freeze_trunk:
+                raise ValueError("scratch needs heads.freeze_trunk: false")
+        elif self.tokenizer is not None:
+            raise ValueError("tokenizer goes with scratch; a base brings its own")
+        if self.lora is not None and (self.heads is None or self.heads.freeze_trunk or self.scratch is not None):
+            raise ValueError("lora needs a base and heads with freeze_trunk: false")
+        if self.stream and (self.validation or "max_steps" not in self.training):
+            raise ValueError("stream needs training.max_steps, and has no validation")
+        if self.vocabulary is not None and (self.heads is None or self.heads.output.kind != "shared"):
+            raise ValueError("vocabulary goes with heads whose output is not stated otherwise")
+        return self
+
+    @classmethod
+    def read(cls, path: str | Path, given: dict[str, Any] | None = None, changes: Sequence[str] = ()) -> Recipe:
+        """A recipe from a YAML file.
+
+        Args:
+            given: fields that take the place of the file's.
+            changes: `field=value` or `field.inner=value`, with YAML for the value.
+
+        Raises:
+            ConfigError: where the file is missing, is not YAML, or is not a recipe.
+        """
+        try:
+            stated = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+        except yaml.YAMLError as error:
+            where = getattr(error, "problem_mark", None)
+            raise ConfigError(f"{path} is not YAML{f' (line {where.line + 1})' if where else ''}.") from None
+        if not isinstance(stated, dict):
+            raise ConfigError(f"{path} is not a recipe: expected fields such as base, heads and data.")
+        stated |= given or {}
+        for change in changes:
+            _set(stated, change)
+        return cls(**stated)
+
+    def config(self) -> MultiTokenConfig:
+        """The heads, with the output that `vocabulary` asks for."""
+        assert self.heads is not None
+        if self.vocabulary is None:
+            return self.heads
+        return MultiTokenConfig(**self.heads.model_dump() | {"output": {"kind": "trimmed", "size": self.vocabulary}})
+
+    def arguments(self, out: Path) -> transformers.TrainingArguments:
+        """The arguments of transformers' trainer.
+
+        Raises:
+            ConfigError: for an argument that it does not know.
+        """
+        usual: dict[str, Any] = {
+            "learning_rate": 2.5e-3,
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+            "warmup_steps": 20,
+            "max_grad_norm": 1.0,
+            "weight_decay": 0.01,
+            "adam_beta2": 0.95,
+            "per_device_train_batch_size": 2,
+            "bf16": True,
+            "use_cpu": not torch.accelerator.is_available(),
+            "logging_steps": 10,
+            "save_steps": 250,
+            "save_total_limit": 2,
+            "report_to": [],
+        }
+        if self.validation:
+            usual |= {"eval_strategy": "steps", "eval_steps": 250}
+        fixed = {"output_dir": str(out), "seed": self.seed, "remove_unused_columns": False}
+        stated = usual | self.training | fixed
+        if "lr_scheduler_type" in self.training:
+            stated["lr_scheduler_kwargs"] = self.training.get("lr_scheduler_kwargs")
+        try:
+            return transformers.TrainingArguments(**stated)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"training: {str(error).removeprefix('TrainingArguments.__init__() ')}.") from None
+
+
+def _set(stated: dict[str, Any], change: str) -> None:
+    field, equals, value = change.partition("=")
+    *outer, name = field.split(".")
+    if not equals or not name:
+        raise ConfigError(f"--set {change} is no field=value.")
+    for part in outer:
+        stated = stated.setdefault(part, {})
+        if not isinstance(stated, dict):
+            raise ConfigError(f"--set {change}: {part} has no fields.")
+    stated[name] = yaml.safe_load(value)
+
+
+def train(recipe: Recipe, out: str | Path, say: Say = print) -> MultiTokenModel:
+    """Run a recipe; goes on from the last checkpoint in `out`.
+
+    A frozen trunk runs in bfloat16; all that is trained is float32 and computes in bfloat16. Heads of a frozen trunk
+    are stored in bfloat16, by themselves; else the whole model is, in float32.
+
+    Returns:
+        the trained model, in eval mode.
+    """
+    out = Path(out)
+    stated = _claimable(recipe, out)
+    arguments = recipe.arguments(out)
+    tokenizer = _tokenizer(recipe)
+    blocks = _blocks(recipe, tokenizer)
+    if isinstance(blocks, PackedBlocks):
+        say(f"{blocks.trained_tokens:,} trained tokens in {len(blocks):,} blocks of {recipe.length}")
+    transformers.set_seed(recipe.seed)
+    checkpoint = last_checkpoint(out)
+    model = _model(recipe, tokenizer, blocks, fresh=checkpoint is None)
+    if recipe.vocabulary is not None:
+        _choose_vocabulary(model, blocks, tokenizer, say)
+    if checkpoint:
+        say(f"going on from {checkpoint}")
+    (out / "recipe.json").write_text(stated)
+    training, validation = _split(blocks, recipe)
+    states = _kept_states(training, model, recipe, arguments, out, say)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=states or training,
+        eval_dataset=validation,
+        data_collator=default_collate,  # blocks are of one length; the tokenizer's collator would take them apart
+        processing_class=tokenizer,
+        schedule=recipe.schedule,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_result(out, base_name=recipe.base)
+    if states is not None:
+        states.forget()
+    say(summary(trainer.state.log_history, model.multi_token.n))
+    say(f"{'heads' if model.multi_token.freeze_trunk else 'model'} saved in {out}")
+    return model.eval()
+
+
+def summary(history: list[dict[str, Any]], n: int) -> Table:
+    """Loss and accuracy by depth at the start and at the end of a training, and the estimated τ where there is one."""
+    logged = [entry for entry in history if "loss" in entry]
+    table = Table(title="loss and accuracy by depth", title_justify="left")
+    for column in ("step", "loss", *(f"t+{depth}" for depth in range(1, n + 1)), "τ, estimated"):
+        table.add_column(column, justify="right")
+    for entry in (logged[:1] + logged[-1:])[: len(logged)]:
+        cells = [
+            f"{entry[f'loss_{depth}']:.3f} {entry[f'accuracy_{depth}']:.0%}" if f"loss_{depth}" in entry else "–"
+            for depth in range(1, n + 1)
+        ]
+        taus = [each["eval_tau"] for each in history if "eval_tau" in each and each["step"] <= entry["step"]]
+        table.add_row(str(entry["step"]), f"{entry['loss']:.3f}", *cells, f"{taus[-1]:.2f}" if taus else "–")
+    return table
+
+
+def _claimable(recipe: Recipe, out: Path) -> str:
+    """The recipe as JSON, the data by name and sha256; a directory in which another one was trained is refused.
+
+    Raises:
+        FormatError: where going on from what is there would mix two trainings.
+    """
+    path = native.writable(out) / "recipe.json"
+    data = {source: sha256(Path(source)) if Path(source).is_file() else None for source in recipe.data}
+    stated = json.dumps(recipe.model_dump() | {"data": data}, indent=2) + "\n"
+    if path.exists() and path.read_text() != stated:
+        raise FormatError(
+            f"{out} holds a training with other options or other data ({path}); choose another directory."
+        )
+    return stated
+
+
+def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    if recipe.tokenizer == BYTES:
+        return byte_tokenizer()
+    base = recipe.base or recipe.tokenizer
+    assert base is not None
+    return native.load_tokenizer(native.base_of(base) if recipe.heads is None else base)
+
+
+def _blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PackedBlocks | StreamedBlocks:
+    def examples() -> Any:
+        return examples_of(recipe.data, tokenizer, recipe.length, recipe.split)
+
+    pad = tokenizer.pad_token_id or 0
+    return (
+        StreamedBlocks(examples, recipe.length, pad) if recipe.stream else PackedBlocks(examples(), recipe.length, pad)
+    )
+
+
+def _model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, blocks: PackedBlocks | StreamedBlocks, fresh: bool
+) -> MultiTokenModel:
+    if recipe.scratch is not None:
+        return from_scratch(recipe.scratch, recipe.config(), tokenizer)
+    assert recipe.base is not None
+    if recipe.heads is None:
+        if not native.has_heads(recipe.base):
+            raise ConfigError(f"{recipe.base} has no heads; say under heads what is to be attached.")
+        frozen = native.config_of(recipe.base).freeze_trunk
+        model = native.load(recipe.base, dtype=torch.bfloat16 if frozen else torch.float32)
+        model.train()
+    else:
+        frozen = recipe.heads.freeze_trunk
+        base = native.load_base(recipe.base, dtype=torch.bfloat16 if frozen else torch.float32)
+        _check_length(recipe, base)
+        calibration = (
+            blocks.batch(range(min(CALIBRATION_BLOCKS, len(blocks))))
+            if isinstance(blocks, PackedBlocks) and fresh
+            else None
+        )
+        model = attach(base, recipe.config(), calibration)
+    model.heads.float()
+    if recipe.lora is not None:
+        add_adapters(model.base, recipe.lora)
+    return model
+
+
+def _check_length(recipe: Recipe, base: PreTrainedModel) -> None:
+    context = context_length(base.get_decoder().config)
+    if recipe.length > context:
+        raise ConfigError(f"length is {recipe.length}, but the base reads {context} tokens.")
+
+
+def from_scratch(
+    shape: dict[str, Any], config: MultiTokenConfig, tokenizer: PreTrainedTokenizerBase
+) -> MultiTokenModel:
+    """A plain model of random weights and its heads, equal in size to the plain model that `shape` describes.
+
+    Args:
+        shape: a config in transformers' terms; the size of the vocabulary and special tokens come from the tokenizer.
+
+    Raises:
+        ConfigError: for a shape that transformers cannot build, or too few layers for the heads.
+    """
+    layered = config.heads == "parallel" and config.head == "transformer"
+    layers = shape["num_hidden_layers"] - (config.n - 1 if layered else 0)
+    if layers < 1:
+        raise ConfigError(
+            f"scratch has {shape['num_hidden_layers']} layers, of which {config.n - 1} heads take one each: none is "
+            "left for the trunk."
+        )
+    known = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    settings = known | {"pad_token_id": tokenizer.pad_token_id} | shape | {"num_hidden_layers": layers}
+    try:
+        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"scratch cannot be built: {str(error).splitlines()[0]}") from None
+    model = attach(base, config)
+    randomise(model)
+    return model.train()
+
+
+@torch.no_grad()
+def randomise(model: MultiTokenModel) -> None:
+    """Random weights for heads, which start as copies of the trunk's last layer, by the host's own rule."""
+
+    def anew(module: nn.Module) -> None:
+        parameter: Any
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = False  # transformers skips what it has initialised
+        model.base._init_weights(module)
+
+    for part in model.heads.children():
+        if part is not model.heads.output:
+            part.apply(anew)
+
+
+def add_adapters(base: PreTrainedModel, settings: dict[str, Any]) -> None:
+    """Put LoRA adapters into a model; only they are trained.
+
+    Raises:
+        ConfigError: without peft, or for settings that it does not take.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ConfigError("lora needs peft: pip install 'nextn[lora]'.") from None
+    try:
+        inject_adapter_in_model(LoraConfig(**settings), base)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lora: {str(error).splitlines()[0]}") from None
+
+
+def _choose_vocabulary(
+    model: MultiTokenModel, blocks: PackedBlocks | StreamedBlocks, tokenizer: PreTrainedTokenizerBase, say: Say
+) -> None:
+    output = model.heads.output
+    assert isinstance(output, TrimmedOutput)
+    if not isinstance(blocks, PackedBlocks):
+        raise ConfigError("vocabulary counts the tokens of the data, and stream does not hold them.")
+    labels = blocks.labels
+    special = [token for token in tokenizer.all_special_ids if token < model.trunk.vocab_size]
+    output.keep(most_frequent(labels, output.size(model.trunk), model.trunk.vocab_size, special))
+    covered = (output.targets(labels) >= 0).float().mean().item()
+    say(f"drafts can name {output.size(model.trunk):,} tokens, {covered:.1%} of the text")
+
+
+def _split(blocks: PackedBlocks | StreamedBlocks, recipe: Recipe) -> tuple[Any, Dataset | None]:
+    """The blocks to train on, and those held out: evenly from all over."""
+    if not recipe.validation or not isinstance(blocks, PackedBlocks):
+        return blocks, None
+    every = max(2, round(1 / recipe.validation))
+    held_out = set(range(every - 1, len(blocks), every))
+    if not held_out:
+        raise ConfigError(
+            f"validation is {recipe.validation}, but the data makes {len(blocks)} blocks: no block can be held out."
+        )
+    kept = [place for place in range(len(blocks)) if place not in held_out]
+    return blocks.part(kept), blocks.part(sorted(held_out))
+
+
+def _kept_states(
+    blocks: Any, model: MultiTokenModel, recipe: Recipe, arguments: transformers.TrainingArguments, out: Path, say: Say
+) -> WithTrunkStates | None:
+    """The blocks, with a frozen trunk's states on disk, where more than one pass would need them and they fit."""
+    wanted = model.multi_token.freeze_trunk and isinstance(blocks, PackedBlocks) and arguments.num_train_epochs > 1
+    if (
+        not wanted
+        or model.weights[0]
+        or (model.heads.tap != "post_norm" and model.multi_token.objective.follows != "text")
+    ):
+        return None
+    size = WithTrunkStates.bytes_needed(blocks, model) / 1e9
+    if size > recipe.max_states_gb:
+        say(f"the trunk's states would take {size:.1f} GB, over max_states_gb: the trunk runs in every epoch")
+        return None
+    say(f"the trunk's states are kept in {out} while training, {size:.1f} GB")
+    return WithTrunkStates(blocks, model, out / "trunk_states.bin")

@@ -1,0 +1,226 @@
+"""Recipes: three ways to train through one command, and settings that are equal give one result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from typer.testing import CliRunner
+
+import nextn
+from conftest import COMMON, KINDS
+from nextn.cli import app
+from nextn.config import ConfigError
+from nextn.data import DataError, byte_tokenizer
+from nextn.formats import FormatError
+from nextn.recipe import Recipe, from_scratch, train
+
+SHAPE = {
+    name: COMMON[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+} | {"model_type": "llama", "num_hidden_layers": 4, "max_position_embeddings": 128}
+
+
+@pytest.fixture
+def text(tmp_path) -> str:
+    line = "the cat sat on the mat. the dog sat on the log. "
+    lines = [json.dumps({"text": line[shift:] + line[:shift]}) for shift in range(len(line))]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    return str(tmp_path / "data.jsonl")
+
+
+@pytest.fixture
+def attached(tiny_base, text) -> dict:
+    """Heads on a frozen base."""
+    return {
+        "base": str(tiny_base),
+        "heads": {"n": 4, "recurrent": True},
+        "vocabulary": 32,
+        "data": [text],
+        "length": 64,
+        "training": {"per_device_train_batch_size": 4, "num_train_epochs": 2, "save_steps": 4, "disable_tqdm": True},
+    }
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal(ours, theirs, **bounds) -> None:
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], msg=name, **bounds)
+
+
+def test_kept_trunk_states_change_nothing(attached, tmp_path):
+    kept = train(Recipe(**attached), tmp_path / "kept")
+    assert not list(tmp_path.glob("kept/trunk_states.*")), "the states are removed at the end"
+    fresh = train(Recipe(**attached, max_states_gb=0.0), tmp_path / "fresh")
+    assert_equal(state(kept.heads), state(fresh.heads), rtol=0, atol=0)
+
+
+def test_another_recipe_or_other_data_in_the_same_directory_is_refused(attached, text, tmp_path):
+    train(Recipe(**attached), tmp_path / "out")
+    with pytest.raises(FormatError, match="other options"):
+        train(Recipe(**attached, seed=1), tmp_path / "out")
+    with open(text, "a") as file:
+        file.write('\n{"text": "one more line"}\n')
+    with pytest.raises(FormatError, match="other data"):
+        train(Recipe(**attached), tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_scratch_is_an_ordinary_model_as_large_as_the_one_without_heads(kind, text, tmp_path):
+    recipe = Recipe(
+        scratch=SHAPE,
+        tokenizer="bytes",
+        heads={"n": 3, "freeze_trunk": False, "weights": {"preset": "gloeckle"}, **KINDS[kind]},
+        data=[text],
+        length=64,
+        training={"max_steps": 30, "learning_rate": 5e-3, "disable_tqdm": True, "bf16": False},
+    )
+    said = []
+    model = train(recipe, tmp_path, say=said.append)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert_equal(state(plain), state(model.base), rtol=0, atol=0)
+    ids = torch.tensor([tokenizer("the cat sat")["input_ids"]])
+    loaded = nextn.load(tmp_path)
+    assert torch.equal(loaded.generate(ids, max_new_tokens=12), plain.generate(ids, max_new_tokens=12, do_sample=False))
+    first, last = (row for row in said if hasattr(row, "columns")).__next__().columns[1].cells
+    assert float(last) < float(first)
+    if kind == "parallel":
+        alone = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**SHAPE, vocab_size=len(tokenizer))
+        )
+        assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in alone.parameters())
+
+
+def test_heads_from_scratch_do_not_start_as_copies():
+    config = nextn.MultiTokenConfig(n=3, heads="parallel", freeze_trunk=False)
+    model = from_scratch(SHAPE, config, byte_tokenizer())
+    first, second = model.heads.layers
+    assert not torch.equal(first.mlp.up_proj.weight, second.mlp.up_proj.weight)
+    assert not torch.equal(first.mlp.up_proj.weight, model.trunk.layers[-1].mlp.up_proj.weight)
+    assert torch.equal(first.input_layernorm.weight, torch.ones(32))
+
+
+def together(tiny_base, text, **more) -> Recipe:
+    return Recipe(
+        base=str(tiny_base),
+        heads={"n": 3, "freeze_trunk": False, "weights": {"preset": "deepseek"}},
+        data=[text],
+        length=64,
+        **{
+            "training": {
+                "per_device_train_batch_size": 4,
+                "max_steps": 8,
+                "save_steps": 4,
+                "learning_rate": 1e-3,
+                "warmup_steps": 0,
+                "bf16": False,
+                "disable_tqdm": True,
+            }
+        }
+        | more,
+    )
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4, "target_modules": ["q_proj", "v_proj"]}])
+def test_trunk_and_heads_are_tuned_together(tiny_base, text, tmp_path, lora):
+    if lora:
+        pytest.importorskip("peft")
+    before = state(transformers.AutoModelForCausalLM.from_pretrained(tiny_base))
+    model = train(together(tiny_base, text, lora=lora), tmp_path)
+    plain = state(transformers.AutoModelForCausalLM.from_pretrained(tmp_path))
+    changed = {name for name, tensor in plain.items() if not torch.equal(tensor, before[name])}
+    assert plain.keys() == before.keys()
+    if lora:
+        assert changed == {name for name in before if "q_proj" in name or "v_proj" in name}
+    else:
+        assert len(changed) > 20
+    assert_equal(state(nextn.load(tmp_path)), state(model), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4, "target_modules": ["q_proj", "v_proj"]}])
+def test_a_training_that_was_cut_goes_on_to_the_same_end(tiny_base, text, tmp_path, lora):
+    if lora:
+        pytest.importorskip("peft")
+    whole = state(train(together(tiny_base, text, lora=lora), tmp_path / "whole"))
+    cut = tmp_path / "cut"
+    train(together(tiny_base, text, lora=lora), cut)
+    for leftover in ("checkpoint-8", "model.safetensors", "nextn"):  # as if killed after the first checkpoint
+        path = cut / leftover
+        for file in [*path.glob("*/*"), *path.glob("*")] if path.is_dir() else [path]:
+            if file.is_file():
+                file.unlink()
+    assert_equal(state(train(together(tiny_base, text, lora=lora), cut)), whole, rtol=0, atol=1e-6)
+
+
+def test_heads_that_the_checkpoint_has_are_trained_on(attached, text, tmp_path):
+    first = train(Recipe(**attached), tmp_path / "first")
+    again = {name: value for name, value in attached.items() if name not in ("heads", "vocabulary")}
+    second = train(Recipe(**again | {"base": str(tmp_path / "first")}), tmp_path / "second")
+    assert second.multi_token == first.multi_token
+    assert torch.equal(second.heads.output.kept, first.heads.output.kept)
+    assert not torch.equal(second.heads.step.eh_proj.weight, first.heads.step.eh_proj.weight)
+
+
+def test_streamed_blocks_give_the_same_first_steps(attached, text, tmp_path):
+    settings = attached | {"vocabulary": None}
+    settings["training"] = settings["training"] | {"max_steps": 3, "num_train_epochs": 1}
+    streamed = train(Recipe(**settings, stream=True), tmp_path / "streamed")
+    assert (tmp_path / "streamed" / "nextn" / "heads.safetensors").is_file()
+    assert streamed.multi_token.n == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": None}, "give either base or scratch"),
+        ({"scratch": SHAPE}, "give either base or scratch"),
+        ({"tokenizer": "bytes"}, "tokenizer goes with scratch"),
+        ({"lora": {"r": 2}}, "lora needs a base and heads with freeze_trunk: false"),
+        ({"stream": True}, "stream needs training.max_steps"),
+        ({"data": []}, "data: List should have at least 1 item"),
+        ({"heads": {"n": 1}}, "n: must be at least 2"),
+        ({"colour": "blue"}, "colour: Extra inputs are not permitted"),
+        ({"schedule": {"phases": [{"until": 0.5, "weights": {}}, {"until": 0.4, "weights": {}}]}}, "until: rising"),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused_in_one_sentence(attached, change, message):
+    with pytest.raises(ConfigError, match="The recipe is not usable: .*" + message):
+        Recipe(**attached | change)
+
+
+def test_errors_that_show_only_when_it_runs(attached, tmp_path):
+    for place, (change, kind, message) in enumerate(
+        (
+            ({"training": {"max_stepz": 3}}, ConfigError, "training: .*max_stepz"),
+            ({"length": 4096}, ConfigError, "the base reads 128 tokens"),
+            ({"data": ["nowhere.jsonl"]}, DataError, "There is no data file nowhere.jsonl"),
+            ({"validation": 0.001}, ConfigError, "no block can be held out"),
+            ({"heads": None, "vocabulary": None}, (ConfigError, FormatError), "no heads"),
+        )
+    ):
+        with pytest.raises(kind, match=message):
+            train(Recipe(**attached | change), tmp_path / str(place))
+
+
+def test_the_command_line(attached, tmp_path):
+    recipe = {name: value for name, value in attached.items() if name not in ("base", "data")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"validation": 0.2}))
+    command = ["train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"), "--base", attached["base"]]
+    command += ["--data", attached["data"][0], "--set", "training.eval_steps=4"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "heads saved in" in done.output and "τ, estimated" in done.output
+    (tmp_path / "broken.yaml").write_text("a: [")
+    for path, message in (("broken.yaml", "is not YAML (line 1)"), ("none.yaml", "cannot be read")):
+        refused = CliRunner().invoke(app, ["train", str(tmp_path / path), "--out", str(tmp_path / "x")])
+        assert refused.exit_code == 1 and message in " ".join(refused.output.split())
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
