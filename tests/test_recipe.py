@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 import nextn
-from conftest import COMMON, KINDS
+from conftest import COMMON, CONFIGS, KINDS
 from nextn.cli import app
 from nextn.config import ConfigError
 from nextn.data import DataError, byte_tokenizer
@@ -223,4 +223,33 @@ def test_the_command_line(attached, tmp_path):
         assert refused.exit_code == 1 and message in " ".join(refused.output.split())
 
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+TINY_SHAPES = {"llama": SHAPE, "deepseek_v3": {**CONFIGS["deepseek_v3"]().to_diff_dict(), "num_hidden_layers": 3}}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_recipe_runs_at_a_small_size(path, tiny_base, text, tmp_path):
+    """All that a recipe says holds, but for sizes and paces."""
+    stated = yaml.safe_load(path.read_text())
+    small = {"length": 64, "data": [text]}
+    training = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "warmup_steps": 0}
+    small["training"] = stated["training"] | training | {"bf16": False, "disable_tqdm": True}
+    if "scratch" in stated:
+        tiny = TINY_SHAPES[stated["scratch"]["model_type"]]
+        small["scratch"] = tiny | {"num_hidden_layers": tiny["num_hidden_layers"] + stated["heads"]["n"]}
+        small["tokenizer"] = stated.get("tokenizer") or str(tiny_base)
+    else:
+        small["base"] = str(tiny_base)
+    if "vocabulary" in stated:
+        small["vocabulary"] = 32
+    if "validation" in stated:
+        small["validation"] = 0.2
+    model = train(Recipe.read(path, small), tmp_path / "out")
+    assert model.multi_token.n == stated["heads"]["n"]
+    prompt = [5, 9, 12, 7]
+    ((_, drafted),), ((_, alone),) = (model.engine(heads=heads).generate([prompt], 16) for heads in (None, 1))
+    assert drafted.tokens == alone.tokens
+    loaded = nextn.load(tmp_path / "out", base=model.base if model.multi_token.freeze_trunk else None)
+    model.heads.to(loaded.trunk.dtype)  # heads of a frozen base are stored as it is, in bfloat16
+    assert_equal(state(loaded.heads), state(model.heads), rtol=0, atol=0)

@@ -188,6 +188,8 @@ def train(recipe: Recipe, out: str | Path, say: Say = print) -> MultiTokenModel:
     out = Path(out)
     stated = _claimable(recipe, out)
     arguments = recipe.arguments(out)
+    if arguments.process_index:  # one process speaks for all
+        say = _nothing
     tokenizer = _tokenizer(recipe)
     blocks = _blocks(recipe, tokenizer)
     if isinstance(blocks, PackedBlocks):
@@ -199,7 +201,8 @@ def train(recipe: Recipe, out: str | Path, say: Say = print) -> MultiTokenModel:
         _choose_vocabulary(model, blocks, tokenizer, say)
     if checkpoint:
         say(f"going on from {checkpoint}")
-    (out / "recipe.json").write_text(stated)
+    if not arguments.process_index:
+        (out / "recipe.json").write_text(stated)
     training, validation = _split(blocks, recipe)
     states = _kept_states(training, model, recipe, arguments, out, say)
     trainer = Trainer(
@@ -234,6 +237,10 @@ def summary(history: list[dict[str, Any]], n: int) -> Table:
         taus = [each["eval_tau"] for each in history if "eval_tau" in each and each["step"] <= entry["step"]]
         table.add_row(str(entry["step"]), f"{entry['loss']:.3f}", *cells, f"{taus[-1]:.2f}" if taus else "–")
     return table
+
+
+def _nothing(_message: Any) -> None:
+    pass
 
 
 def _claimable(recipe: Recipe, out: Path) -> str:

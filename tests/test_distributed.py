@@ -1,0 +1,64 @@
+"""One process and two (FSDP2 over gloo) train the same model, through the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from conftest import make_host, make_tokenizer
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # an unembedding of its own, and one tied to the embedding
+def test_two_processes_train_what_one_does(family, tmp_path):
+    base = tmp_path / "base"
+    make_host(family).save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    line = "the cat sat on the mat. the dog sat on the log. "
+    lines = [json.dumps({"text": line[shift:] + line[:shift]}) for shift in range(len(line))]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    recipe = {
+        "base": str(base),
+        "heads": {"n": 3, "recurrent": True, "freeze_trunk": False, "weights": {"preset": "deepseek"}},
+        "data": [str(tmp_path / "data.jsonl")],
+        "length": 64,
+        "training": {
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "warmup_steps": 0,
+            "bf16": False,
+            "use_cpu": True,
+        },
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    sharded = {"version": 2, "transformer_layer_cls_to_wrap": [type(make_host(family).model.layers[0]).__name__]}
+    launches = {
+        "one": [sys.executable, "-m"],
+        "two": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"],
+    }
+    options = {
+        "one": [],
+        "two": [
+            "--set=training.per_device_train_batch_size=2",
+            "--set=training.fsdp=true",
+            f"--set=training.fsdp_config={json.dumps(sharded | {'state_dict_type': 'FULL_STATE_DICT'})}",
+        ],
+    }
+    for name, launch in launches.items():
+        command = [*launch, "nextn.cli", "train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / name)]
+        done = subprocess.run([*command, *options[name]], capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for file in ("model.safetensors", "nextn/heads.safetensors"):
+        one, two = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)
+        assert one.keys() == two.keys()
+        for tensor in one:  # sums come in another order, and Adam divides by small roots: 1e-4 at a rate of 1e-3
+            torch.testing.assert_close(one[tensor], two[tensor], rtol=0, atol=1e-4, msg=tensor)
+    moved = load_file(tmp_path / "two" / "model.safetensors")
+    before = load_file(base / "model.safetensors")
+    assert any(not torch.equal(moved[name], before[name]) for name in before)
