@@ -75,6 +75,9 @@ MORE_KINDS = KINDS | {
     "anticausal": {"heads": "parallel", "chaining": "anticausal"},
     "linear": {"heads": "parallel", "head": "linear"},
     "residual_mlp": {"heads": "parallel", "head": "residual_mlp"},
+    "eagle3": {"heads": "eagle3"},
+    "shared_kv": {"heads": "shared_kv", "drafter_width": 24, "drafter_layers": 2},
+    "mixed_layers": {"heads": "sequential", "recurrent": True, "tap": [1, 2]},
     "linear_chain": {"heads": "parallel", "head": "linear", "chaining": "causal", "tap": "pre_norm"},
 }
 

@@ -19,7 +19,7 @@ def slow_loss(model, ids, labels, documents, positions, denominator=None):
     """Position by position, depth by depth, straight from the definition."""
     weights = model.multi_token.weights.by_depth(model.multi_token.n)
     text = nextn.model.Text(ids, positions, documents)
-    hidden, tapped = model.trunk.run(ids, positions, text.visible(), tap=model.heads.tap)
+    hidden, tapped = model._run_trunk(text)
     states = [hidden, *model.heads(model.trunk, tapped, text)]
     total, count = 0.0, 0
     for row in range(ids.shape[0]):
@@ -122,7 +122,7 @@ def test_objectives_and_their_gradients_equal_autograd(follows, temperature, kep
     if wrapped:  # as an adapter wraps it: no plain Linear any more
         host.lm_head = Wrapped(host.lm_head)
     trunk = Trunk(host)
-    output = SharedOutput() if kept is None else TrimmedOutput(kept, trunk)
+    output = SharedOutput() if kept is None else TrimmedOutput(kept, trunk, trunk.width, own=False)
     generator = torch.Generator().manual_seed(3)
 
     def drawn(*shape):

@@ -18,7 +18,7 @@ TRUNK = Trunk(make_host("llama"))
 @given(st.sets(st.integers(0, VOCAB - 1), min_size=1))
 def test_trimmed_logits_are_rows_of_the_full_ones(kept):
     output = build_output(OutputConfig(kind="trimmed", size=len(kept)), TRUNK)
-    output.keep(torch.tensor(sorted(kept, reverse=True)))
+    output.keep(torch.tensor(sorted(kept, reverse=True)), TRUNK)
     states = torch.randn(3, TRUNK.width)
     full = TRUNK.logits(states)
     torch.testing.assert_close(output(TRUNK, states), full[:, sorted(kept)])
@@ -31,7 +31,7 @@ def test_trimmed_logits_are_rows_of_the_full_ones(kept):
 
 def test_kept_rows_follow_a_trunk_that_changes():
     trunk = Trunk(make_host("llama").requires_grad_(False))
-    output = build_output(OutputConfig(kind="trimmed", size=5), trunk)
+    output = build_output(OutputConfig(kind="trimmed", size=5), TRUNK)
     states = torch.randn(2, trunk.width)
     output(trunk, states)
     with torch.no_grad():
@@ -42,7 +42,7 @@ def test_kept_rows_follow_a_trunk_that_changes():
 def test_a_subset_must_be_distinct_and_fit():
     output = build_output(OutputConfig(kind="trimmed", size=2), TRUNK)
     with pytest.raises(ValueError, match="distinct"):
-        output.keep(torch.tensor([3, 3]))
+        output.keep(torch.tensor([3, 3]), TRUNK)
     with pytest.raises(ValueError, match="vocabulary has 64"):
         build_output(OutputConfig(kind="trimmed", size=VOCAB + 1), TRUNK)
 

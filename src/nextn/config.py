@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Tap = Literal["post_norm", "pre_norm", "before_last_layer"]
+Tap = Literal["post_norm", "pre_norm", "before_last_layer"] | list[int]
 
 
 class ConfigError(ValueError):
@@ -34,14 +34,18 @@ class OutputConfig(BaseModel):
     kind: `shared` (the trunk's unembedding), `separate` (a table of its own for each module of the heads) or `trimmed`
         (a subset of the trunk's rows).
     size: how many tokens a trimmed output can name.
+    own: whether a trimmed output has rows of its own, rather than the trunk's.
     """
 
     model_config = ConfigDict(extra="forbid")
     kind: Literal["shared", "separate", "trimmed"] = "shared"
     size: int | None = Field(default=None, ge=1)
+    own: bool = False
 
     @model_validator(mode="after")
     def _sized(self) -> OutputConfig:
+        if self.own and self.kind != "trimmed":
+            raise ValueError("output.own goes with a trimmed output; a separate one always has rows of its own")
         if (self.size is not None) != (self.kind == "trimmed"):
             raise ValueError("give output.size for a trimmed output, and only for that")
         return self
@@ -147,8 +151,12 @@ class MultiTokenConfig(Strict):
     """Multi-token prediction on top of a causal language model.
 
     n: how many tokens are predicted, the next one included; heads of depth 2 … n are added, so n-1 drafts a step.
-    heads: `sequential` (they see the tokens between; DeepSeek-V3) or `parallel` (they do not; Gloeckle et al.).
+    heads: `sequential` (they see the tokens between; DeepSeek-V3), `parallel` (they do not; Gloeckle et al.), `eagle3`
+        (sequential and recurrent, in the shape that engines read as EAGLE-3) or `shared_kv` (sequential and recurrent,
+        with the trunk's own keys and values; Gemma 4).
     recurrent: sequential only; one module for all depths (FastMTP) rather than one each.
+    drafter_width, drafter_layers: shared_kv only; the width of its thin layers (default: half the trunk's), and their
+        number.
     state_noise: recurrent only; how many of the states that a step reads in training are taken from a shorter chain
         for the same place, as the states of a drafting step are better or worse (Nemotron 3 Ultra).
     head: parallel only; each head is a `transformer` layer (Gloeckle), one `linear` map, or a `residual_mlp` (Medusa).
@@ -156,7 +164,8 @@ class MultiTokenConfig(Strict):
         that of the head after it, furthest first (`anticausal`; both Gloeckle et al., appendix).
     tap: the trunk state that the heads read. Default: `before_last_layer` for parallel transformer heads, `pre_norm`
         where these are chained causally (the trunk's last layer being the first of the chain), `post_norm` for all
-        others. Taps are not convertible into each other.
+        others. A list of layers takes the states that go into them: EAGLE-3 fuses three (default: the third, the middle
+        and the third to last), other heads mix them with learned weights. Taps are not convertible into each other.
     output: the projection to the vocabulary.
     weights: the loss's weights per depth.
     objective: what the heads are trained to follow.
@@ -168,8 +177,10 @@ class MultiTokenConfig(Strict):
 
     what: ClassVar[str] = "multi-token config"
     n: int = Field(default=4, ge=2)
-    heads: Literal["sequential", "parallel"] = "sequential"
+    heads: Literal["sequential", "parallel", "eagle3", "shared_kv"] = "sequential"
     recurrent: bool = False
+    drafter_width: int | None = Field(default=None, ge=1)
+    drafter_layers: int = Field(default=4, ge=1)
     state_noise: float = Field(default=0.0, ge=0, le=1)
     head: Literal["transformer", "linear", "residual_mlp"] = "transformer"
     chaining: Literal["none", "causal", "anticausal"] = "none"
@@ -181,14 +192,20 @@ class MultiTokenConfig(Strict):
 
     @model_validator(mode="after")
     def _fitting(self) -> MultiTokenConfig:
-        if self.tap is None:
+        if self.tap is None and self.heads != "eagle3":
             layered = self.heads == "parallel" and self.head == "transformer"
             branch: Tap = "pre_norm" if self.chaining == "causal" else "before_last_layer"
             self.tap = branch if layered else "post_norm"
-        if self.recurrent and self.heads == "parallel":
+        if self.recurrent and self.heads != "sequential":
             raise ValueError("recurrent applies to sequential heads only")
-        if self.state_noise and not self.recurrent:
+        if self.state_noise and not (self.recurrent or self.heads == "eagle3"):
             raise ValueError("state_noise applies to recurrent heads only")
+        if isinstance(self.tap, list) and (not self.tap or min(self.tap) < 0 or len(set(self.tap)) < len(self.tap)):
+            raise ValueError("tap names layers, counted from 0, each once")
+        if self.heads == "eagle3" and not (self.tap is None or (isinstance(self.tap, list) and len(self.tap) == 3)):
+            raise ValueError("eagle3 fuses the states of three layers: give tap as a list of three, or leave it out")
+        if self.drafter_width is not None and self.heads != "shared_kv":
+            raise ValueError("drafter_width applies to shared_kv heads only")
         if self.heads != "parallel" and (self.head != "transformer" or self.chaining != "none"):
             raise ValueError("head and chaining apply to parallel heads only")
         if self.weights.values is not None and len(self.weights.values) != self.n:
@@ -197,8 +214,10 @@ class MultiTokenConfig(Strict):
 
     @property
     def kind(self) -> str:
-        """`parallel`, `distinct` or `recurrent`."""
-        return "recurrent" if self.recurrent else "distinct" if self.heads == "sequential" else "parallel"
+        """`parallel`, `distinct`, `recurrent`, `eagle3` or `shared_kv`."""
+        if self.heads != "sequential":
+            return self.heads
+        return "recurrent" if self.recurrent else "distinct"
 
 
 def _readable(error: ValidationError, what: str) -> str:

@@ -109,7 +109,7 @@ def depth_losses(
     chunk = chunk or max(1, CHUNK // output.size(trunk))
     plan = _Plan(weights, reads, aimed, teachers, _teacher(unembed, trunk.dtype, output.kept), objective, chunk)
     through = _through_table if _is_plain_linear(module) else _through_module
-    with _forward_is(module, lambda *given: through(module, project, output.kept, plan, *given)):
+    with _forward_is(module, lambda *given: through(module, project, output.rows, plan, *given)):
         total, sums, overlaps, hits = module(*states)
     return Losses(total, sums, hits.view(len(depths), *depths[0].targets.shape), overlaps)
 
@@ -256,12 +256,12 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def _through_table(
-    module: Any, _project: Project, kept: Tensor | None, plan: _Plan, *states: Tensor
+    module: Any, _project: Project, chosen_rows: Tensor | None, plan: _Plan, *states: Tensor
 ) -> tuple[Tensor, ...]:
     """By a plain Linear: its gradient is made in the forward, chunk by chunk."""
     table, bias = module.weight, module.bias
-    if kept is not None:
-        table, bias = table[kept.long()], None if bias is None else bias[kept.long()]
+    if chosen_rows is not None:
+        table, bias = table[chosen_rows.long()], None if bias is None else bias[chosen_rows.long()]
     return _InForward.apply(plan, table, bias, *states)
 
 
@@ -324,7 +324,7 @@ class _InForward(torch.autograd.Function):
 
 
 def _through_module(
-    module: nn.Module, project: Project, kept: Tensor | None, plan: _Plan, *states: Tensor
+    module: nn.Module, project: Project, chosen_rows: Tensor | None, plan: _Plan, *states: Tensor
 ) -> tuple[Tensor, ...]:
     """By anything else that projects (a Linear with an adapter): chunk by chunk, each once more in the backward."""
     sums, overlaps, hits = _tallies(plan, states[0].device, torch.float64 if states[0].itemsize == 8 else torch.float32)
@@ -335,7 +335,7 @@ def _through_module(
 
             def part(chosen: Tensor, k: int = k, rows: Tensor = rows) -> tuple[Tensor, ...]:
                 logits = project(chosen)
-                return _Judge.apply(plan, k, rows, logits if kept is None else logits[:, kept.long()])
+                return _Judge.apply(plan, k, rows, logits if chosen_rows is None else logits[:, chosen_rows.long()])
 
             loss, overlap, hit = checkpoint(part, state[rows], use_reentrant=False)
             total = total + plan.weights[k] * loss

@@ -114,13 +114,22 @@ class MultiTokenModel(PreTrainedModel):
                 again; head 1 then has no loss.
         """
         text = as_text(input_ids, attention_mask, position_ids)
+        if trunk_states is not None and self.heads.reads:
+            raise ValueError("These heads read the trunk's keys and values: leave trunk_states out.")
         if trunk_states is not None and labels is not None:
             return self._loss(text, None, trunk_states, labels, num_items_in_batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.multi_token.freeze_trunk):
-            hidden, tapped = self.trunk.run(text.ids, text.positions, text.visible(), tap=self.heads.tap)
+            hidden, tapped = self._run_trunk(text)
         if labels is None:
             return MultiTokenOutput(logits=self.trunk.logits(hidden))
         return self._loss(text, hidden, tapped, labels, num_items_in_batch)
+
+    def _run_trunk(self, text: Text) -> tuple[Tensor, Tensor]:
+        """The trunk's last state and the tapped one; keys and values that heads read are put into the text."""
+        if not self.heads.reads:
+            return self.trunk.run(text.ids, text.positions, text.visible(), tap=self.heads.tap)
+        with self.trunk.capturing(self.heads.reads) as text.trunk_kv:
+            return self.trunk.run(text.ids, text.positions, text.visible(), tap=self.heads.tap)
 
     @torch.no_grad()
     def trunk_states(

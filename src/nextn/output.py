@@ -21,6 +21,11 @@ class Output(nn.Module, ABC):
 
     kept: Tensor | None  # the ids [V'] that it can name, a buffer; None: all
 
+    @property
+    def rows(self) -> Tensor | None:
+        """Which rows of the table it uses [V']; None: all."""
+        return None
+
     @abstractmethod
     def forward(self, trunk: Trunk, states: Tensor) -> Tensor:
         """states [..., D] -> logits [..., V'], V' the number of tokens that can be named."""
@@ -73,11 +78,9 @@ class SharedOutput(Output):
 class OwnOutput(SharedOutput):
     """A table of its own, at first a copy of the trunk's unembedding."""
 
-    def __init__(self, trunk: Trunk) -> None:
+    def __init__(self, trunk: Trunk, width: int) -> None:
         super().__init__()
-        self.table = nn.Linear(trunk.width, trunk.vocab_size, bias=False, device=trunk.device, dtype=trunk.dtype)
-        with torch.no_grad():
-            self.table.weight.copy_(trunk.unembedding.weight)
+        self.table = _own_table(trunk, width, None)
 
     def forward(self, trunk: Trunk, states: Tensor) -> Tensor:
         return self.table(states.to(self.table.weight.dtype))
@@ -89,9 +92,9 @@ class OwnOutput(SharedOutput):
 class SeparateOutput(SharedOutput):
     """A table of its own for each module of the heads (Gloeckle's replicated unembeddings): call it through `at`."""
 
-    def __init__(self, modules: int, trunk: Trunk) -> None:
+    def __init__(self, modules: int, trunk: Trunk, width: int) -> None:
         super().__init__()
-        self.tables = nn.ModuleList(OwnOutput(trunk) for _ in range(modules))
+        self.tables = nn.ModuleList(OwnOutput(trunk, width) for _ in range(modules))
 
     def at(self, depth: int) -> Output:
         table = self.tables[min(depth - 2, len(self.tables) - 1)]  # a recurrent module has one for all depths
@@ -100,28 +103,40 @@ class SeparateOutput(SharedOutput):
 
 
 class TrimmedOutput(Output):
-    """A subset of the vocabulary, its rows tied to the trunk's unembedding (FR-Spec, arXiv:2502.14856).
+    """A subset of the vocabulary (FR-Spec, arXiv:2502.14856), its rows tied to the trunk's unembedding or its own.
 
-    Only the kept ids are stored, int32 [V']. Tokens outside the subset are never drafted.
+    The kept ids are stored, int32 [V']. Tokens outside the subset are never drafted.
     """
 
     kept: Tensor
 
-    def __init__(self, size: int, trunk: Trunk) -> None:
+    def __init__(self, size: int, trunk: Trunk, width: int, own: bool) -> None:
         super().__init__()
         # Before a text is seen: the lowest ids, which in byte-pair vocabularies are the most frequent.
         self.register_buffer("kept", torch.arange(size, dtype=torch.int32, device=trunk.device))
+        self.table = _own_table(trunk, width, self.kept) if own else None
         self.vocab_size = trunk.vocab_size
         self._rows: tuple[tuple[int, int, int], Tensor] | None = None
 
-    def keep(self, token_ids: Tensor) -> None:
-        """Choose the subset: token ids [V'], distinct."""
+    @property
+    def rows(self) -> Tensor | None:
+        return self.kept if self.table is None else None
+
+    def keep(self, token_ids: Tensor, trunk: Trunk) -> None:
+        """Choose the subset: token ids [V'], distinct. Rows of its own start anew."""
         if token_ids.shape != self.kept.shape or len(token_ids.unique()) != len(token_ids):
             raise ValueError(f"a trimmed output of size {len(self.kept)} needs that many distinct token ids.")
         self.kept.copy_(token_ids.sort().values)
         self._rows = None
+        if self.table is not None:
+            self.table = _own_table(trunk, self.table.in_features, self.kept).to(self.table.weight.dtype)
+
+    def projection(self, trunk: Trunk) -> nn.Module:
+        return trunk.unembedding if self.table is None else self.table
 
     def forward(self, trunk: Trunk, states: Tensor) -> Tensor:
+        if self.table is not None:
+            return self.table(states.to(self.table.weight.dtype))
         rows = self._kept_rows(trunk.unembedding.weight)
         return F.linear(states.to(rows.dtype), rows)
 
@@ -158,16 +173,35 @@ def best(logits: Tensor) -> Tensor:
     return chosen[..., 0] * block + within
 
 
-def build_output(config: OutputConfig, trunk: Trunk, modules: int) -> Output:
-    """The output that `config` describes, over the vocabulary of `trunk`, for heads of so many modules."""
+def _own_table(trunk: Trunk, width: int, kept: Tensor | None) -> nn.Linear:
+    """A table [V', width]: at first the trunk's rows, or random ones where the width is another."""
+    vocabulary = trunk.vocab_size if kept is None else len(kept)
+    table = nn.Linear(width, vocabulary, bias=False, device=trunk.device, dtype=trunk.dtype)
+    with torch.no_grad():
+        if width == trunk.width:
+            rows = trunk.unembedding.weight
+            table.weight.copy_(rows if kept is None else rows[kept.long()])
+        else:
+            table.weight.normal_(std=width**-0.5)
+    return table
+
+
+def build_output(config: OutputConfig, trunk: Trunk, modules: int = 1, width: int | None = None) -> Output:
+    """The output that `config` describes, over the vocabulary of `trunk`.
+
+    Args:
+        modules: how many modules the heads have, for tables of their own.
+        width: the width of states that a table of its own reads; default: the trunk's.
+    """
+    width = width or trunk.width
     if config.kind == "shared":
         return SharedOutput()
     if config.kind == "separate":
-        return SeparateOutput(modules, trunk)
+        return SeparateOutput(modules, trunk, width)
     assert config.size is not None
     if config.size > trunk.vocab_size:
         raise ValueError(f"output.size is {config.size}, but the base's vocabulary has {trunk.vocab_size} tokens.")
-    return TrimmedOutput(config.size, trunk)
+    return TrimmedOutput(config.size, trunk, width, config.own)
 
 
 def most_frequent(token_ids: Tensor, size: int, vocab_size: int, always: list[int]) -> Tensor:

@@ -128,7 +128,8 @@ class Recipe(Strict):
         assert self.heads is not None
         if self.vocabulary is None:
             return self.heads
-        return MultiTokenConfig(**self.heads.model_dump() | {"output": {"kind": "trimmed", "size": self.vocabulary}})
+        output = {"kind": "trimmed", "size": self.vocabulary, "own": self.heads.kind == "eagle3"}
+        return MultiTokenConfig(**self.heads.model_dump() | {"output": output})
 
     def arguments(self, out: Path) -> transformers.TrainingArguments:
         """The arguments of transformers' trainer.
@@ -380,7 +381,7 @@ def _choose_vocabulary(
         raise ConfigError("vocabulary counts the tokens of the data, and stream does not hold them.")
     labels = blocks.labels
     special = [token for token in tokenizer.all_special_ids if token < model.trunk.vocab_size]
-    output.keep(most_frequent(labels, output.size(model.trunk), model.trunk.vocab_size, special))
+    output.keep(most_frequent(labels, output.size(model.trunk), model.trunk.vocab_size, special), model.trunk)
     covered = (output.targets(labels) >= 0).float().mean().item()
     say(f"drafts can name {output.size(model.trunk):,} tokens, {covered:.1%} of the text")
 
@@ -406,6 +407,7 @@ def _kept_states(
     wanted = model.multi_token.freeze_trunk and isinstance(blocks, PackedBlocks) and arguments.num_train_epochs > 1
     if (
         not wanted
+        or model.heads.reads
         or model.weights[0]
         or (model.heads.tap != "post_norm" and model.multi_token.objective.follows != "text")
     ):

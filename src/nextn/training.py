@@ -225,7 +225,7 @@ class WithTrunkStates(Dataset):
 
     def __init__(self, blocks: PackedBlocks, model: MultiTokenModel, path: Path) -> None:
         self.blocks, self.model, self.path = blocks, model, path
-        shape = (len(blocks), blocks.length, model.trunk.width)
+        shape = (len(blocks), blocks.length, model.heads.hidden_width)
         self.states = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=model.trunk.dtype).view(
             shape
         )
@@ -247,7 +247,7 @@ class WithTrunkStates(Dataset):
     @staticmethod
     def bytes_needed(blocks: PackedBlocks, model: MultiTokenModel) -> int:
         """The size of the file."""
-        return len(blocks) * blocks.length * model.trunk.width * model.trunk.dtype.itemsize
+        return len(blocks) * blocks.length * model.heads.hidden_width * model.trunk.dtype.itemsize
 
     def forget(self) -> None:
         """Remove the files."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-TAPS = ("post_norm", "pre_norm", "before_last_layer")
+from nextn.config import Tap
 
 # Attention patterns that a buffer of full length can serve, and so can be rolled back.
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
@@ -124,16 +124,16 @@ class Trunk:
         positions: Tensor,
         visible: VisibleFn,
         cache: Cache | None = None,
-        tap: str = "post_norm",
+        tap: Tap = "post_norm",
     ) -> tuple[Tensor, Tensor]:
         """The decoder over input_ids [B, T] at positions [B, T].
 
         Args:
             visible: from a window (or None) to the keys each query sees, bool [B, 1, T, S].
-            tap: which state the heads read, one of `TAPS`.
+            tap: which state the heads read; a list of m layers for the states that go into them.
 
         Returns:
-            the state after the final norm [B, T, D] and the tapped state [B, T, D].
+            the state after the final norm [B, T, D] and the tapped state [B, T, D], or [B, T, m·D].
         """
         with self._tapping(tap) as caught, _attending(self.config):
             hidden = self.decoder(
@@ -143,7 +143,7 @@ class Trunk:
                 past_key_values=cache,
                 use_cache=cache is not None,
             ).last_hidden_state
-        return hidden, caught.get("state", hidden)
+        return hidden, torch.cat(list(caught), dim=-1) if caught else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden after the final norm [..., D] -> the host's own logits [..., V]."""
@@ -175,22 +175,77 @@ class Trunk:
         return run
 
     @contextmanager
-    def _tapping(self, tap: str) -> Iterator[dict[str, Tensor]]:
-        """Catch the input of the final norm or of the last layer during one forward."""
-        caught: dict[str, Tensor] = {}
-        if tap == "post_norm":
-            yield caught
-            return
-        module = self.norm if tap == "pre_norm" else self.layers[-1]
+    def _tapping(self, tap: Tap) -> Iterator[list[Tensor]]:
+        """Catch the inputs of the final norm or of some layers during one forward; nothing for `post_norm`."""
+        modules = [self.layers[place] for place in tap] if isinstance(tap, list) else _TAPPED[tap](self)
+        caught: list[Tensor] = [torch.empty(0)] * len(modules)
+        handles = []
+        for place, module in enumerate(modules):
 
-        def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught["state"] = args[0] if args else kwargs["hidden_states"]
+            def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], place: int = place) -> None:
+                caught[place] = args[0] if args else kwargs["hidden_states"]
 
-        handle = module.register_forward_pre_hook(catch, with_kwargs=True)
+            handles.append(module.register_forward_pre_hook(catch, with_kwargs=True))
         try:
             yield caught
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def capturing(self, layers: Sequence[int]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Catch the keys [B, H, S, Dk] and values [B, H, S, Dv], rotated, that some layers attend to in one forward.
+
+        From the attention interface: a cache holds them too, but training has none.
+
+        Raises:
+            HostError: for a host with eager attention, which does not go through the interface.
+        """
+        if self.config._attn_implementation == "eager":
+            raise HostError("Heads that read the trunk's keys need attn_implementation='sdpa'.")
+        caught: list[Any] = [None] * len(layers)
+
+        def catching(place: int) -> Callable[[Tensor, Tensor], None]:
+            return lambda key, value: caught.__setitem__(place, (key, value))
+
+        for place, layer in enumerate(layers):
+            self.attention(layer).nextn_catch = catching(place)
+        try:
+            yield caught
+        finally:
+            for layer in layers:
+                del self.attention(layer).nextn_catch
+
+    @property
+    def rope_theta(self) -> float:
+        """The base of the rotary embedding of layers that see all."""
+        ropes = self.config.rope_parameters
+        return float(ropes.get("full_attention", ropes).get("rope_theta", 10_000.0))
+
+    def attention_shape(self) -> tuple[int, int]:
+        """How many query heads attention has, and how wide they are."""
+        heads = int(self.config.num_attention_heads)
+        return heads, getattr(self.config, "head_dim", None) or self.width // heads
+
+    def attention(self, layer: int) -> Any:
+        """The attention module of a layer."""
+        return self.layers[layer].self_attn
+
+    def rotate(self, states: Tensor, positions: Tensor, layer_type: str) -> Tensor:
+        """Queries [B, H, T, Dk] at positions [B, T], rotated as the host rotates those of a layer type.
+
+        Where the host rotates a part only, that is the first one.
+        """
+        kind = (layer_type,) if self._rotary_by_type else ()
+        cos, sin = self.decoder.rotary_emb(states, positions.clamp(min=0), *kind)  # [B, T, R]
+        part, rest = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
+        first, second = part.chunk(2, dim=-1)
+        turned = part * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+        return torch.cat([turned, rest], dim=-1)
+
+    def last_layer_of(self, layer_type: str) -> int | None:
+        """The place of the last layer of a type; None where there is none."""
+        return max((place for place, kind in enumerate(self.layer_types) if kind == layer_type), default=None)
 
     def _masks(self, visible: VisibleFn) -> Tensor | dict[str, Tensor]:
         # A plain 4D mask given to a host with several layer types would silently remove the sliding window.
@@ -220,6 +275,8 @@ def _grouped_sdpa(
     few queries are folded into the rows of their group's head, [B, H, T, D] -> [B, H', groups·T, D], so that keys are
     read once a group: 23 us against 40 (4 queries, 256 keys; bfloat16, 2 cores).
     """
+    if (catch := getattr(module, "nextn_catch", None)) is not None:
+        catch(key, value)
     if attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **kwargs)
     (rows, heads, length, _), shared = query.shape, key.shape[1]
@@ -242,9 +299,19 @@ def _grouped_sdpa(
     return output.reshape(rows, heads, length, value.shape[3]).transpose(1, 2).contiguous(), None
 
 
-_OURS = "nextn_sdpa"
-AttentionInterface.register(_OURS, _grouped_sdpa)
-AttentionMaskInterface.register(_OURS, sdpa_mask)
+def attend(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """Attention of queries [B, H, T, Dk] to keys [B, H', S, Dk], H' a divisor of H, -> [B, T, H, Dv]."""
+    return _grouped_sdpa(nn.Identity(), queries, keys, values, visible)[0]
+
+
+_TAPPED: dict[str, Callable[[Trunk], list[nn.Module]]] = {
+    "post_norm": lambda trunk: [],
+    "pre_norm": lambda trunk: [trunk.norm],
+    "before_last_layer": lambda trunk: [trunk.layers[-1]],
+}
+ATTENTION = "nextn_sdpa"  # the name of our attention, for configs of layers that are no host's
+AttentionInterface.register(ATTENTION, _grouped_sdpa)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 @contextmanager
@@ -253,10 +320,10 @@ def _attending(config: Any) -> Iterator[None]:
 
     Should another thread run the host meanwhile, it gets either attention, and both give it the right result.
     """
-    if config._attn_implementation not in ("sdpa", _OURS):
+    if config._attn_implementation not in ("sdpa", ATTENTION):
         yield
         return
-    config._attn_implementation = _OURS
+    config._attn_implementation = ATTENTION
     try:
         yield
     finally:
@@ -377,6 +444,12 @@ class RaggedCache(Cache):
         self._width = seen.shape[0]
         return causal(positions, seen[None])
 
+    def read(self) -> tuple[Tensor, Tensor]:
+        """The keys and values that attention sees where `place` was said, of its rows and of one layer."""
+        ((keys, values),) = self.buffers
+        used = keys[:, :, : self._width], values[:, :, : self._width]
+        return used if self._rows is None else (used[0][self._rows], used[1][self._rows])
+
     def reach(self, position: int) -> int:
         """How many slots attention reads when the newest token stands at `position`: rounded up, so shapes repeat."""
         return min(self.capacity, (max(position, 0) // 64 + 1) * 64)
@@ -470,7 +543,7 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
             "(decoder layers, one final norm, rotary positions)."
         )
     attention = decoder.config._attn_implementation
-    if attention not in ("sdpa", "eager", _OURS):
+    if attention not in ("sdpa", "eager", ATTENTION):
         raise HostError(f"{name} uses attn_implementation='{attention}'; load it with attn_implementation='sdpa'.")
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from nextn.config import Tap
 from nextn.heads.base import Heads, Window
 from nextn.trunk import RaggedCache, Trunk
 
@@ -16,10 +17,10 @@ class Drafter(Protocol):
     """Proposes `drafts` tokens a row after each trunk forward."""
 
     drafts: int  # n - 1
-    tap: str  # the trunk state that it reads
+    tap: Tap  # the trunk state that it reads
 
-    def begin(self, rows: int, capacity: int) -> None:
-        """Make room for `rows` sequences of up to `capacity` positions."""
+    def begin(self, cache: RaggedCache) -> None:
+        """Make room for as many sequences and positions as the trunk's cache has, which may be read."""
 
     def propose(self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, rows: Tensor) -> Tensor:
         """Drafts [B, n-1] after what one trunk forward brought.
@@ -48,11 +49,12 @@ class HeadDrafter:
             None  # what `Draft` computes, for one step of all rows
         )
 
-    def begin(self, rows: int, capacity: int) -> None:
+    def begin(self, cache: RaggedCache) -> None:
         # Entries of drafts stand up to n - 2 positions past the text.
-        room = capacity + self.heads.n
+        rows, room = cache.rows, cache.capacity + self.heads.n
+        self.trunk_cache = cache
         self.caches = [RaggedCache(1, rows, room) for _ in range(self.heads.cache_count)]
-        back, width = self.heads.lookback, self.trunk.width
+        back, width = self.heads.lookback, self.heads.hidden_width
         self.past_hidden = torch.zeros(rows, back, width, dtype=self.dtype, device=self.trunk.device)
         self.past_following = torch.zeros(rows, back, dtype=torch.long, device=self.trunk.device)
 
@@ -66,16 +68,26 @@ class HeadDrafter:
         some = rows if len(rows) < len(self.past_hidden) else None
         past = self.past_hidden[rows], self.past_following[rows]
         window = with_past(*past, hidden.to(self.dtype), positions, following, last)
-        drafts = self.heads.draft(self.trunk, window, self.caches, some)
+        read = [RaggedCache.over([pair], self._seen(positions)) for pair in self._read()]
+        drafts = self.heads.draft(self.trunk, window, self.caches + read, some)
         self.past_hidden[rows], self.past_following[rows] = newest_past(window, self.heads.lookback)
         return drafts
 
     def step_inputs(self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor) -> tuple:
         """What `Draft` takes for a step of all rows."""
-        newest = int(positions.max()) + self.heads.n - 2
-        seen = torch.arange(self.caches[0].reach(newest) if self.caches else 1, device=positions.device)
-        buffers = [pair for cache in self.caches for pair in cache.buffers]
+        buffers = [pair for cache in self.caches for pair in cache.buffers] + self._read()
+        seen = self._seen(positions)
         return hidden, positions, following, last, self.past_hidden, self.past_following, seen, buffers
+
+    def _seen(self, positions: Tensor) -> Tensor:
+        """The positions that attention reads in this round [S]."""
+        newest = int(positions.max())
+        cache, newest = (self.caches[0], newest + self.heads.n - 2) if self.caches else (self.trunk_cache, newest)
+        return torch.arange(cache.reach(newest), device=positions.device)
+
+    def _read(self) -> list[tuple[Tensor, Tensor]]:
+        """The trunk's keys and values that the heads read, by layer."""
+        return [self.trunk_cache.buffers[layer] for layer in self.heads.reads]
 
 
 class Draft(nn.Module):
@@ -108,7 +120,7 @@ class Draft(nn.Module):
             past_hidden: states to look back on [B, back, D].
             past_following: the tokens after them [B, back].
             seen: the positions that attention reads, 0 … S-1 [S].
-            buffers: keys and values by cache.
+            buffers: keys and values, by cache of the heads and then by layer of the trunk that they read.
 
         Returns:
             drafts [B, n-1], the new past_hidden and the new past_following.

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextn.config import Tap
 from nextn.decoding.compiled import CompileError, Progress, compiled, key, on_stderr, recall, remember
 from nextn.decoding.drafting import Draft, Drafter, HeadDrafter
 from nextn.decoding.verify import Verify
@@ -104,7 +105,7 @@ class Engine:
         self.trunk, self.drafter, self.rows = trunk, drafter, rows
         self.stop_tokens = frozenset(stop_tokens)
         self.n = 1 + (drafter.drafts if drafter else 0)
-        self.tap = drafter.tap if drafter else "post_norm"
+        self.tap: Tap = drafter.tap if drafter else "post_norm"
         self.padding = 0
         self.verify: Callable[..., Any] = Verify(trunk, self.tap)
         self.code: Code | None = None
@@ -296,7 +297,7 @@ class Engine:
         self._pending = torch.zeros(rows, dtype=torch.long, device=device)
         self._drafts = torch.full((rows, self.n - 1 + self.padding), -1, device=device)
         if self.drafter:
-            self.drafter.begin(rows, capacity)
+            self.drafter.begin(self.cache)
 
     @contextmanager
     def _clock(self, part: str) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nextn.config import Tap
 from nextn.output import best
 from nextn.trunk import RaggedCache, Trunk
 
@@ -33,7 +34,7 @@ class Verify(nn.Module):
         tap: the trunk state that the drafter reads.
     """
 
-    def __init__(self, trunk: Trunk, tap: str) -> None:
+    def __init__(self, trunk: Trunk, tap: Tap) -> None:
         super().__init__()
         self.model = trunk.model  # whoever exports this module must find the weights in it
         self.trunk, self.tap = trunk, tap

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 from nextn.config import MultiTokenConfig
 from nextn.heads.base import Heads, Window
+from nextn.heads.eagle3 import Eagle3Heads
 from nextn.heads.parallel import ParallelHeads
 from nextn.heads.sequential import DistinctHeads, RecurrentHeads
+from nextn.heads.shared_kv import SharedKVHeads
 from nextn.trunk import Trunk
 
-__all__ = ["DistinctHeads", "Heads", "ParallelHeads", "RecurrentHeads", "Window", "build_heads"]
+__all__ = [
+    "DistinctHeads",
+    "Eagle3Heads",
+    "Heads",
+    "ParallelHeads",
+    "RecurrentHeads",
+    "SharedKVHeads",
+    "Window",
+    "build_heads",
+]
 
 
 def build_heads(config: MultiTokenConfig, trunk: Trunk) -> Heads:
     """The heads that `config` describes, in the shape of `trunk`, initialised from it."""
-    if config.heads == "parallel":
-        return ParallelHeads(config, trunk)
-    return RecurrentHeads(config, trunk) if config.recurrent else DistinctHeads(config, trunk)
+    kinds: dict[str, type[Heads]] = {
+        "parallel": ParallelHeads,
+        "distinct": DistinctHeads,
+        "recurrent": RecurrentHeads,
+        "eagle3": Eagle3Heads,
+        "shared_kv": SharedKVHeads,
+    }
+    return kinds[config.kind](config, trunk)

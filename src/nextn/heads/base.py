@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nextn.config import MultiTokenConfig
+from nextn.config import ConfigError, MultiTokenConfig, Tap
 from nextn.output import Output, best, build_output
 from nextn.trunk import RaggedCache, Trunk, VisibleFn, causal
 
@@ -21,8 +21,9 @@ from nextn.trunk import RaggedCache, Trunk, VisibleFn, causal
 class Window:
     """Trunk states from which drafts are made, oldest first.
 
-    hidden [B, W, D], positions [B, W] (consecutive in a row, negative: not in use), following [B, W] (the token
-    after each state), last [B] (index of the newest state in use; its following token is the pending one).
+    hidden [B, W, D] (m·D where the tap names m layers), positions [B, W] (consecutive in a row, negative: not in use),
+    following [B, W] (the token after each state), last [B] (index of the newest state in use; its following token is
+    the pending one).
     """
 
     hidden: Tensor
@@ -37,11 +38,15 @@ class Window:
 
 @dataclass
 class Text:
-    """A training batch as heads see it: ids [B, T], positions [B, T], documents [B, T] (-1: padding)."""
+    """A training batch as heads see it: ids [B, T], positions [B, T], documents [B, T] (-1: padding).
+
+    trunk_kv: the trunk's keys [B, H, T, Dk] and values [B, H, T, Dv] of the layers that heads read (`Heads.reads`).
+    """
 
     ids: Tensor
     positions: Tensor
     documents: Tensor
+    trunk_kv: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def visible(self) -> VisibleFn:
         """Causal within documents."""
@@ -49,7 +54,8 @@ class Text:
 
     def rows(self, chosen: Tensor) -> Text:
         """Some rows of the batch [R]."""
-        return Text(self.ids[chosen], self.positions[chosen], self.documents[chosen])
+        kv = [(keys[chosen], values[chosen]) for keys, values in self.trunk_kv]
+        return Text(self.ids[chosen], self.positions[chosen], self.documents[chosen], kv)
 
     def split(self, rows: int) -> Iterator[Text]:
         """The batch in parts of at most so many rows."""
@@ -57,18 +63,45 @@ class Text:
         return (Text(*part) for part in parts)
 
 
+class LayerMix(nn.Module):
+    """A learned mix of several layers' states, at first nearly the last one's (arXiv:2502.09419 mixes layers so)."""
+
+    def __init__(self, layers: int, trunk: Trunk) -> None:
+        super().__init__()
+        start = torch.zeros(layers, device=trunk.device, dtype=trunk.dtype)
+        start[-1] = 4.0
+        self.weights = nn.Parameter(start)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[B, T, m·D] -> [B, T, D]."""
+        weights = self.weights.softmax(dim=0)
+        return torch.einsum("btmd,m->btd", states.unflatten(-1, (len(weights), -1)), weights)
+
+
+def _check_tap(tap: Tap, trunk: Trunk) -> None:
+    if isinstance(tap, list) and max(tap) >= len(trunk.layers):
+        raise ConfigError(f"tap names layer {max(tap)}, but the base has {len(trunk.layers)}, counted from 0.")
+
+
 class Heads(nn.Module, ABC):
     """Heads of depth 2 … n over one trunk. Head 1 is the trunk's own LM head and is not among them."""
 
     cache_count: int  # how many K/V caches drafting needs
+    reads: tuple[int, ...] = ()  # layers of the trunk whose keys and values heads read
     recurrent: bool = False  # whether one module serves all depths
+    mixes: bool = True  # whether states of several layers are mixed into one
     lookback: int = 0  # how many earlier states drafting must see again, to replace entries made from drafts
 
     def __init__(self, config: MultiTokenConfig, trunk: Trunk) -> None:
         super().__init__()
         self.n = config.n
-        self.tap: str = config.tap or "post_norm"
-        self.output: Output = build_output(config.output, trunk, modules=1 if self.recurrent else config.n - 1)
+        self.tap: Tap = "post_norm" if config.tap is None else config.tap
+        _check_tap(self.tap, trunk)
+        layers = len(self.tap) if isinstance(self.tap, list) else 1
+        self.hidden_width = layers * trunk.width  # of what is tapped
+        self.mix = LayerMix(layers, trunk) if layers > 1 and self.mixes else None
+        modules = 1 if self.recurrent else config.n - 1
+        self.output: Output = build_output(config.output, trunk, modules, self.output_width(config, trunk))
         # As transformers' decoder layers have them; `model.gradient_checkpointing_enable()` finds and sets them.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
@@ -81,15 +114,27 @@ class Heads(nn.Module, ABC):
         mean nothing; the loss leaves them out.
 
         Args:
-            hidden: the tapped trunk state [B, T, D].
+            hidden: the tapped trunk state [B, T, m·D].
         """
 
     @abstractmethod
     def draft(self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None) -> Tensor:
-        """Drafts 1 … n-1, greedy: token ids [B, n-1]. Writes its K/V into `caches` at `rows` (None: all rows)."""
+        """Drafts 1 … n-1, greedy: token ids [B, n-1]. Writes its K/V into `caches` at `rows` (None: all rows).
+
+        Heads that read the trunk's keys and values find them in `caches`, one for each of `reads`.
+        """
 
     def calibrate(self, trunk: Trunk, text: Text) -> None:
         """Set the start of the weights from what the trunk does on a text, where a kind of heads can."""
+
+    @staticmethod
+    def output_width(config: MultiTokenConfig, trunk: Trunk) -> int:
+        """The width of the states that a table of their own reads."""
+        return trunk.width
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """What was tapped [B, T, m·D] -> the state that heads start from [B, T, D]."""
+        return hidden if self.mix is None else self.mix(hidden)
 
     def _run(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """function(*inputs); with gradient checkpointing, what happens inside is computed again in the backward."""

@@ -34,7 +34,7 @@ class ParallelHeads(Heads):
         self.cache_count = self.n - 1 if self.layered else 0
 
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
-        visible = text.visible()
+        visible, hidden = text.visible(), self.read(hidden)
 
         def run(place: int, state: Tensor) -> Tensor:
             layer = self.layers[place]
@@ -54,8 +54,8 @@ class ParallelHeads(Heads):
             return layer(state)
 
         # Only a layer with keys and values has to see the whole window.
-        start = window.hidden if self.layered else window.newest(window.hidden)
-        states = [window.newest(state) if self.layered else state for state in self._chained(start, run)]
+        start = self.read(window.hidden if self.layered else window.newest(window.hidden)[:, None])
+        states = [window.newest(state) if self.layered else state[:, 0] for state in self._chained(start, run)]
         drafts = [self._pick(trunk, self._end(trunk, state), depth) for depth, state in enumerate(states, start=2)]
         return torch.stack(drafts, dim=1)
 

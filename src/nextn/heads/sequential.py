@@ -46,7 +46,7 @@ class SequentialModule(nn.Module):
         return self.norm(trunk.run_layer(self.layer, self.eh_proj(fused), positions, visible, cache))
 
     @torch.no_grad()
-    def calibrate(self, trunk: Trunk, text: Text, tap: str) -> None:
+    def calibrate(self, trunk: Trunk, text: Text, heads: Heads) -> None:
         """Fit eh_proj, in closed form, to the state that the host's last layer reads one position later.
 
         The module's layer starts as a copy of that last layer, so with a good eh_proj the module starts as the
@@ -59,10 +59,10 @@ class SequentialModule(nn.Module):
         moments = torch.zeros(width, trunk.width, dtype=torch.float64, device=weight.device)
         for part in text.split(rows=8):
             hidden, into_last = trunk.run(part.ids, part.positions, part.visible(), tap="before_last_layer")
-            if tap == "before_last_layer":
+            if heads.tap == "before_last_layer":
                 hidden = into_last
-            elif tap != "post_norm":
-                hidden = trunk.run(part.ids, part.positions, part.visible(), tap=tap)[1]
+            elif heads.tap != "post_norm":
+                hidden = heads.read(trunk.run(part.ids, part.positions, part.visible(), tap=heads.tap)[1])
             next_in_document = (part.documents[:, 1:] == part.documents[:, :-1]) & (part.documents[:, 1:] >= 0)
             fused = self.fuse(trunk.embedding(part.ids).to(hidden.dtype)[:, 1:], hidden[:, :-1])
             inputs = fused[next_in_document].double()  # [N, 2D]
@@ -91,11 +91,11 @@ class DistinctHeads(Heads):
     def calibrate(self, trunk: Trunk, text: Text) -> None:
         for module in self.steps:
             assert isinstance(module, SequentialModule)
-            module.calibrate(trunk, text, self.tap)
+            module.calibrate(trunk, text, self)
 
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
         visible = text.visible()
-        states, state = [], hidden
+        states, state = [], self.read(hidden)
         for k, module in enumerate(self.steps, start=2):
             state = self._run(module, trunk, ahead(text.ids, k - 1), state, text.positions, visible)
             states.append(state)
@@ -106,7 +106,7 @@ class DistinctHeads(Heads):
         width = window.positions.shape[1]
         # ids[:, j] is the token after state j; drafts are put behind the pending token as they come.
         ids = torch.nn.functional.pad(window.following, (0, self.n - 1))
-        state = window.hidden
+        state = self.read(window.hidden)
         for k, (module, cache) in enumerate(zip(self.steps, caches, strict=True), start=2):
             visible = cache.place(window.positions, rows)
             state = module(trunk, ids[:, k - 2 : k - 2 + width], state, window.positions, visible, cache)
@@ -127,20 +127,28 @@ class RecurrentHeads(Heads):
 
     def __init__(self, config: MultiTokenConfig, trunk: Trunk) -> None:
         super().__init__(config, trunk)
-        self.step = SequentialModule(trunk)
+        self.step: nn.Module = self._new_step(trunk)
         self.state_noise = config.state_noise
 
+    def _new_step(self, trunk: Trunk) -> nn.Module:
+        return SequentialModule(trunk)
+
     def calibrate(self, trunk: Trunk, text: Text) -> None:
-        self.step.calibrate(trunk, text, self.tap)
+        assert isinstance(self.step, SequentialModule)
+        self.step.calibrate(trunk, text, self)
 
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
-        states, past = [hidden], None  # the keys and values grow by one block of T entries a step
+        states, past = [self.read(hidden)], None  # the keys and values grow by one block of T entries a step
         for k in range(2, self.n + 1):
             chain = k - 2  # how many steps of its own chain this step can look back on
             inputs = ahead(text.ids, k - 1), self._fed(states), text.positions + chain, self._chain_visible(text, chain)
             state, past = self._run(self._train_step, trunk, *inputs, past)
             states.append(state)
-        return states[1:]
+        return [self._end(state) for state in states[1:]]
+
+    def _end(self, state: Tensor) -> Tensor:
+        """A recycled state -> what the output reads."""
+        return state
 
     def _train_step(
         self,
@@ -185,12 +193,12 @@ class RecurrentHeads(Heads):
     def draft(self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None) -> Tensor:
         (cache,) = caches
         visible = cache.place(window.positions, rows)
-        states = self.step(trunk, window.following, window.hidden, window.positions, visible, cache)
+        states = self.step(trunk, window.following, self.read(window.hidden), window.positions, visible, cache)
         state, position = window.newest(states)[:, None], window.newest(window.positions)[:, None]
-        drafts = [self._pick(trunk, state[:, 0], 2)]
+        drafts = [self._pick(trunk, self._end(state[:, 0]), 2)]
         for k in range(3, self.n + 1):
             position = torch.where(position < 0, position, position + 1)
             visible = cache.place(position, rows)
             state = self.step(trunk, drafts[-1][:, None], state, position, visible, cache)
-            drafts.append(self._pick(trunk, state[:, 0], k))
+            drafts.append(self._pick(trunk, self._end(state[:, 0]), k))
         return torch.stack(drafts, dim=1)
