@@ -119,6 +119,7 @@ def main(
     vocabulary: Annotated[
         list[str] | None, typer.Option(help="tokens:width; repeatable. Default: 49152:576 and 151936:896.")
     ] = None,
+    peer_n: Annotated[list[int] | None, typer.Option(help="Depths of the peers. Default: as --n.")] = None,
     positions: Annotated[int, typer.Option(help="B·T.")] = 8192,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Write the figures there.")] = Path("benchmarks/results/loss_memory.json"),
@@ -130,7 +131,13 @@ def main(
         return
     sizes = [tuple(int(part) for part in size.split(":")) for size in vocabulary or ["49152:576", "151936:896"]]
     kinds = [kind for kind in KINDS if kind != "trl" or find_spec("trl")]
-    points = [(kind, depths, *size) for size in sizes for kind in kinds for depths in n or [1, 2, 4, 8]]
+    ours_n = n or [1, 2, 4, 8]
+    points = [
+        (kind, depths, *size)
+        for size in sizes
+        for kind in kinds
+        for depths in (ours_n if kind.startswith("ours") else peer_n or ours_n)
+    ]
     rows = []
     for kind, depths, tokens, width in track(points, "measuring"):
         row: dict[str, Any] = {"kind": KINDS[kind], "n": depths, "vocabulary": tokens, "width": width}

@@ -50,6 +50,15 @@ def percent(shares: Sequence[float | None]) -> str:
     return " ".join("–" if share is None or math.isnan(share) else f"{share:.0%}" for share in shares)
 
 
+def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
+    """The median of some values and its 95% interval, a bootstrap."""
+    drawn = torch.tensor(values, dtype=torch.float64)
+    places = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(0))
+    medians = drawn[places].quantile(0.5, dim=1)
+    low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(drawn.quantile(0.5)), low, high
+
+
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 

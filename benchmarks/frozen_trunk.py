@@ -1,0 +1,109 @@
+"""What does attached training cost a token, beside the frozen trunk's forward alone?
+
+    python benchmarks/frozen_trunk.py                              # the bundled model, a few minutes on two cores
+
+The trunk's forward and a whole step of attached training (trunk without a graph, heads forward and backward, loss; no
+optimizer) take turns on the same blocks. The ratio of operations counts the products of weights: the trunk's layers once;
+the heads' modules three times (forward, gradient of input, gradient of weight), their output twice, its table being
+frozen. A step whose trunk states are there already is shown beside.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import nextn
+from nextn.evaluation.report import interval, machine
+from nextn.formats.bundled import NAME
+from nextn.formats.native import load_base
+
+
+def main(
+    base: Annotated[str, typer.Option(help="The model that heads are attached to.")] = NAME,
+    n: Annotated[int, typer.Option(help="Predicted tokens.")] = 4,
+    vocabulary: Annotated[int, typer.Option(help="Tokens that drafts can name; 0: all.")] = 8192,
+    batch: Annotated[int, typer.Option(help="B.")] = 4,
+    length: Annotated[int, typer.Option(help="T.")] = 512,
+    steps: Annotated[int, typer.Option(help="Turns.")] = 10,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Write the figures there.")] = Path("benchmarks/results/frozen_trunk.json"),
+) -> None:
+    output = {"kind": "trimmed", "size": vocabulary} if vocabulary else {}
+    config = nextn.MultiTokenConfig(n=n, recurrent=True, output=output)
+    model = nextn.attach(load_base(base, dtype=torch.bfloat16).to(device), config).train()
+    model.heads.float()
+    torch.manual_seed(0)
+    ids = torch.randint(0, vocabulary or model.trunk.vocab_size, (batch, length), device=device)
+    states = model.trunk_states(ids)
+
+    def attached(**given: torch.Tensor) -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16):
+            loss = model(ids, labels=ids, **given).loss
+        loss.backward()
+
+    functions: dict[str, Callable[[], object]] = {
+        "trunk, forward": lambda: model.trunk_states(ids),
+        "attached": attached,
+        "attached, states kept": lambda: attached(trunk_states=states),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in track(range(steps + 2), "measuring"):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - start)
+
+    layers = sum(parameter.numel() for parameter in model.trunk.layers.parameters())
+    module = sum(p.numel() for p in model.heads.parameters() if p.ndim > 1)
+    table = model.heads.output.size(model.trunk) * model.trunk.width
+    operations = (layers + (n - 1) * (3 * module + 2 * table)) / layers
+    ratios = [a / b for a, b in zip(seconds["attached"], seconds["trunk, forward"], strict=True)]
+    median, low, high = interval(ratios)
+    rows = Table(title=f"{base}, n = {n}, {batch} × {length} tokens, bfloat16, {device}", title_justify="left")
+    for column in ("", "µs a token", "of the trunk's forward"):
+        rows.add_column(column, justify="left" if not column else "right")
+    for name, spent in seconds.items():
+        each = float(torch.tensor(spent).median()) / (batch * length) * 1e6
+        over = [a / b for a, b in zip(spent, seconds["trunk, forward"], strict=True)]
+        rows.add_row(name, f"{each:.0f}", f"{interval(over)[0]:.3f}")
+    console = Console()
+    console.print(rows)
+    console.print(
+        f"attached takes {median:.3f} ({low:.3f} – {high:.3f}) times the trunk's forward; its operations are "
+        f"{operations:.3f} times: {median / operations:.3f} of them"
+    )
+    found = {
+        "base": base,
+        "n": n,
+        "vocabulary": vocabulary,
+        "batch": batch,
+        "length": length,
+        "steps": steps,
+        "device": device,
+        "seconds": seconds,
+        "ratio": median,
+        "low": low,
+        "high": high,
+        "operations": operations,
+        "ratio_over_operations": median / operations,
+        "machine": machine(),
+    }
+    out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
