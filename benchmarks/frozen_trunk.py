@@ -3,9 +3,9 @@
     python benchmarks/frozen_trunk.py                              # the bundled model, a few minutes on two cores
 
 The trunk's forward and a whole step of attached training (trunk without a graph, heads forward and backward, loss; no
-optimizer) take turns on the same blocks. The ratio of operations counts the products of weights: the trunk's layers once;
-the heads' modules three times (forward, gradient of input, gradient of weight), their output twice, its table being
-frozen. A step whose trunk states are there already is shown beside.
+optimizer) take turns on the same blocks. The ratio of operations counts the products of weights: the trunk's layers
+once; the heads' modules three times (forward, gradient of input, gradient of weight), their output twice, its table
+being frozen. A step whose trunk states are there already is shown beside.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python benchmarks/train_step.py                                # two vocabularies, a few minutes on two cores
     python benchmarks/train_step.py --layers 4 --steps 3           # a quick look
 
-A Llama of L layers from random weights: with n = 4, three of the layers are parallel heads (Gloeckle et al.), so both have
-the same parameters. A step is forward and backward in bfloat16 under autocast, without the optimizer, which costs the
-same; contenders take turns, and the figures are medians of their ratios with 95% intervals (bootstrap over turns). The
-ratio of operations counts the products of layers and unembeddings; attention is equal.
+A Llama of L layers from random weights: with n = 4, three of the layers are parallel heads (Gloeckle et al.), so both
+have the same parameters. A step is forward and backward in bfloat16 under autocast, without the optimizer, which costs
+the same; contenders take turns, and the figures are medians of their ratios with 95% intervals (bootstrap over turns).
+The ratio of operations counts the products of layers and unembeddings; attention is equal.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from nextn.config import ConfigError, MultiTokenConfig
+from nextn.config import ConfigError, MultiTokenConfig, ScheduleConfig, WeightsConfig
 
 
 def test_weight_presets():
@@ -33,3 +33,19 @@ def test_taps_follow_the_school():
 def test_bad_configs_get_a_sentence(bad, says):
     with pytest.raises(ConfigError, match=says):
         MultiTokenConfig(**bad)
+
+
+def test_weights_follow_their_schedule():
+    usual = WeightsConfig(preset="deepseek", scale=0.1)
+    phases = [{"until": 0.5, "weights": {"preset": "deepseek", "scale": 0.4}}]
+    schedule = ScheduleConfig(phases=phases)
+    assert schedule.weights_at(0.49, usual, 3) == [1.0, 0.2, 0.2]
+    assert schedule.weights_at(0.5, usual, 3) == [1.0, 0.05, 0.05]
+    ones = WeightsConfig(preset="gloeckle")
+    forward, reverse = (ScheduleConfig(curriculum=way) for way in ("forward", "reverse"))
+    assert [forward.weights_at(at / 4, ones, 4) for at in range(4)] == [
+        [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]  # fmt: skip
+    assert [reverse.weights_at(at / 4, ones, 4) for at in range(4)] == [
+        [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]]  # fmt: skip
+    late = ScheduleConfig(start=0.3)
+    assert late.weights_at(0.29, ones, 3) == [1, 0, 0] and late.weights_at(0.3, ones, 3) == [1, 1, 1]

@@ -7,11 +7,24 @@ import json
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import make_tokenizer
-from nextn.data import IGNORE, DataError, PackedBlocks, TextStream, checked_prompt, example, read_jsonl
+from nextn.data import (
+    IGNORE,
+    DataError,
+    PackedBlocks,
+    StreamedBlocks,
+    TextStream,
+    byte_tokenizer,
+    checked_prompt,
+    example,
+    examples_of,
+    read_jsonl,
+    records_of,
+)
 
 documents = st.lists(
     st.lists(st.integers(3, 60), min_size=1, max_size=30).map(lambda ids: (ids, [IGNORE, *ids[1:]])),
@@ -97,3 +110,70 @@ def test_prompts_without_text_are_refused(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": ""}) + "\n")
     with pytest.raises(DataError, match="no record with a `prompt`"):
         read_prompts(tmp_path / "p.jsonl")
+
+
+@given(st.text())
+def test_the_byte_tokenizer_reads_and_writes_any_text(text):
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    assert ids == list(text.encode()) and len(tokenizer) == 258
+    assert tokenizer.decode(ids) == text
+
+
+def test_the_byte_tokenizer_is_an_ordinary_one(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded("né")["input_ids"] == list("né".encode())
+    assert (loaded.eos_token_id, loaded.pad_token_id) == (256, 257)
+
+
+def test_sources_of_every_kind_give_their_records(tmp_path):
+    texts = ["one two", "three"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_text("one two\nthree\n")
+    assert [record["text"] for record in records_of(tmp_path / "a.jsonl")] == texts
+    assert [record["text"] for record in records_of(tmp_path / "b.parquet")] == texts
+    pieces = [record["text"] for record in records_of(tmp_path / "c.txt", text_bytes=3)]
+    assert pieces == ["one two\n", "three\n"]
+    for missing in (tmp_path / "none.jsonl", "none.jsonl"):
+        with pytest.raises(DataError, match="There is no data file"):
+            list(records_of(missing))
+    (tmp_path / "d.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DataError, match=r"d.parquet cannot be read"):
+        list(records_of(tmp_path / "d.parquet"))
+
+
+def test_a_text_longer_than_a_block_comes_in_pieces_and_an_answer_does_not(tmp_path):
+    records = [{"text": "abcdefg"}, {"prompt": "ab", "answer": "cdefg"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    made = list(examples_of([tmp_path / "a.jsonl"], make_tokenizer(), 3))
+    assert [len(ids) for ids, _ in made] == [3, 3, 1, 8]
+    assert all(labels[0] == IGNORE and labels[1:] == ids[1:] for ids, labels in made[:3])
+
+
+def test_streamed_blocks_are_the_packed_ones():
+    examples = [([5] * length, [IGNORE, *[5] * (length - 1)]) for length in (3, 9, 4, 7, 2, 12, 5)]
+    packed, streamed = PackedBlocks(examples, 12, 0), StreamedBlocks(lambda: examples, 12, 0)
+    for _ in range(2):
+        for ours, theirs in zip(streamed, (packed[place] for place in range(len(packed))), strict=True):
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_chat_trains_on_what_the_assistant_says():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}"
+        "{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    turns = [("user", "hi"), ("assistant", "yo"), ("user", "so"), ("assistant", "no"), ("user", "ok")]
+    ids, labels = example(tokenizer, {"messages": [{"role": role, "content": text} for role, text in turns]})
+    assert tokenizer.decode(ids) == "u:hia:yo<eos>u:soa:no<eos>"
+    assert tokenizer.decode([label for label in labels if label != IGNORE]) == "yo<eos>no<eos>"
+    assert all(label in (IGNORE, id) for id, label in zip(ids, labels, strict=True))
+    assert example(tokenizer, {"messages": [{"role": "user", "content": "hi"}]}) is None
+    with pytest.raises(DataError, match="no chat template"):
+        example(make_tokenizer(), {"messages": []})

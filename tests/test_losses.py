@@ -9,7 +9,7 @@ import torch
 
 import nextn
 from conftest import MORE_KINDS, VOCAB, make_host
-from nextn.config import ObjectiveConfig
+from nextn.config import ObjectiveConfig, ScheduleConfig
 from nextn.losses import IGNORE, Depth, depth_losses, targets_at
 from nextn.output import SharedOutput, TrimmedOutput
 from nextn.trunk import Trunk
@@ -239,3 +239,38 @@ def test_a_compiled_model_has_the_same_loss_and_gradients():
     torch.testing.assert_close(losses[0], losses[1])
     assert len(grads[0]) > 30
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("share_of", ["positions", "sequences"])
+def test_a_share_of_the_batch_gives_the_whole_gradient_on_average(share_of):
+    model = nextn.attach(make_host("llama"), nextn.MultiTokenConfig(n=3)).train()
+    ids = torch.randint(3, VOCAB, (4, 16), generator=torch.Generator().manual_seed(0))
+    weight = model.heads.steps[0].eh_proj.weight
+
+    def gradient():
+        return torch.autograd.grad(model(ids, labels=ids).loss, weight)[0]
+
+    whole = gradient()
+    model.schedule = ScheduleConfig(share=0.5, share_of=share_of)
+    torch.manual_seed(0)
+    parts = torch.stack([gradient() for _ in range(300)])
+    assert (parts[0] - parts[1]).norm() > 0.1 * whole.norm(), "each time another share"
+    spread = parts.std(dim=0).norm() / 300**0.5
+    assert (parts.mean(dim=0) - whole).norm() < 4 * spread
+    model.eval()
+    torch.testing.assert_close(gradient(), whole)
+
+
+def test_noise_takes_states_of_shorter_chains_for_the_same_place():
+    config = nextn.MultiTokenConfig(n=4, recurrent=True, state_noise=1.0)
+    heads = nextn.attach(make_host("llama"), config).train().heads
+    # each state says (how many steps made it, the place that it stands for)
+    anchors = torch.arange(10.0)
+    states = [torch.stack([torch.full((10,), float(j)), anchors + j], dim=-1)[None] for j in range(3)]
+    torch.manual_seed(0)
+    drawn = torch.cat([heads._fed(states) for _ in range(20)])
+    inside = drawn[:, :8]  # the last places have nothing ahead to take from
+    assert set(inside[..., 0].unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(inside[..., 1], (anchors + 2)[:8].expand(20, 8))
+    assert torch.equal(heads._fed(states[:1]), states[0])
+    assert torch.equal(heads.eval()._fed(states), states[2])

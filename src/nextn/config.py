@@ -155,6 +155,7 @@ class MultiTokenConfig(Strict):
         (sequential and recurrent, in the shape that engines read as EAGLE-3) or `shared_kv` (sequential and recurrent,
         with the trunk's own keys and values; Gemma 4).
     recurrent: sequential only; one module for all depths (FastMTP) rather than one each.
+    dense: on a host with experts, build heads from its dense layers rather than from its last one (MiMo, LongCat).
     drafter_width, drafter_layers: shared_kv only; the width of its thin layers (default: half the trunk's), and their
         number.
     state_noise: recurrent only; how many of the states that a step reads in training are taken from a shorter chain
@@ -179,6 +180,7 @@ class MultiTokenConfig(Strict):
     n: int = Field(default=4, ge=2)
     heads: Literal["sequential", "parallel", "eagle3", "shared_kv"] = "sequential"
     recurrent: bool = False
+    dense: bool = False
     drafter_width: int | None = Field(default=None, ge=1)
     drafter_layers: int = Field(default=4, ge=1)
     state_noise: float = Field(default=0.0, ge=0, le=1)
@@ -204,6 +206,8 @@ class MultiTokenConfig(Strict):
             raise ValueError("tap names layers, counted from 0, each once")
         if self.heads == "eagle3" and not (self.tap is None or (isinstance(self.tap, list) and len(self.tap) == 3)):
             raise ValueError("eagle3 fuses the states of three layers: give tap as a list of three, or leave it out")
+        if self.dense and self.heads not in ("parallel", "sequential"):
+            raise ValueError("dense applies to parallel and sequential heads only")
         if self.drafter_width is not None and self.heads != "shared_kv":
             raise ValueError("drafter_width applies to shared_kv heads only")
         if self.heads != "parallel" and (self.head != "transformer" or self.chaining != "none"):

@@ -98,7 +98,7 @@ def _loaded(name: str, config: str | None, split: str, **kwargs: Any) -> Iterato
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the 256 bytes, `<pad>` and `<eos>`: 258 in all, which any transformers can load."""
+    """A tokenizer whose tokens are the 256 bytes, `<eos>` and `<pad>`: 258 in all, which any transformers can load."""
     # GPT-2's letters for bytes, in the order of the bytes: those that print stand for themselves.
     printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printing]

@@ -104,9 +104,22 @@ class Trunk:
 
     # --- parts for heads --------------------------------------------------------------------------------------
 
-    def new_layer(self) -> nn.Module:
-        """A decoder layer like the host's last one, weights included: the start of a head."""
-        return copy.deepcopy(self.layers[-1]).requires_grad_(True)
+    def new_layer(self, dense: bool = False) -> nn.Module:
+        """A decoder layer like the host's last one, weights included: the start of a head.
+
+        Args:
+            dense: with the MLP of the host's last layer without experts.
+
+        Raises:
+            HostError: where all layers of the host have experts.
+        """
+        layer: Any = copy.deepcopy(self.layers[-1])
+        if dense:
+            plain = [each.mlp for each in self.layers if not hasattr(each.mlp, "experts")]
+            if not plain:
+                raise HostError(f"{type(self.model).__name__} has experts in every layer; leave dense out.")
+            layer.mlp = copy.deepcopy(plain[-1])
+        return layer.requires_grad_(True)
 
     def new_norm(self, like_final: bool = False) -> nn.Module:
         """A norm of the host's class: neutral, or with the weights of the host's final norm."""

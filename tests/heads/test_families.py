@@ -139,3 +139,17 @@ def test_drafts_are_what_training_says_at_that_position(family, kind):
             states = heads(trunk, tapped, text)
         forced = [int(heads.output(trunk, state[0, 5 + length - 2]).argmax()) for state in states]
         assert forced == drafts[0].tolist()
+
+
+@pytest.mark.parametrize("kind", ["parallel", "distinct", "recurrent"])
+def test_heads_of_a_host_with_experts_may_be_dense(kind):
+    host = make_host("deepseek_v3")
+    dense = nextn.attach(host, nextn.MultiTokenConfig(n=3, dense=True, **MORE_KINDS[kind]))
+    sparse = nextn.attach(host, nextn.MultiTokenConfig(n=3, **MORE_KINDS[kind]))
+    for model, expected in ((dense, False), (sparse, True)):
+        assert any("expert" in name for name, _ in model.heads.named_parameters()) == expected
+    ids = torch.randint(3, VOCAB, (1, 12))
+    dense.train()(ids, labels=ids).loss.backward()
+    config = tf.DeepseekV3Config(**CONFIGS["deepseek_v3"]().to_diff_dict() | {"first_k_dense_replace": 0})
+    with pytest.raises(HostError, match="experts in every layer"):
+        nextn.attach(tf.AutoModelForCausalLM.from_config(config), nextn.MultiTokenConfig(dense=True))

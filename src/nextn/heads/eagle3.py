@@ -112,7 +112,7 @@ class Eagle3Heads(RecurrentHeads):
     def read(self, hidden: Tensor) -> Tensor:
         return self.fc(hidden)
 
-    def _new_step(self, trunk: Trunk) -> nn.Module:
+    def _new_step(self, config: MultiTokenConfig, trunk: Trunk) -> nn.Module:
         return Eagle3Step(trunk)
 
     def _end(self, state: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class ParallelHeads(Heads):
         super().__init__(config, trunk)
         self.layered, self.chaining = config.head == "transformer", config.chaining
         make: Callable[[], nn.Module] = {
-            "transformer": trunk.new_layer,
+            "transformer": lambda: trunk.new_layer(config.dense),
             "linear": lambda: linear_head(trunk),
             "residual_mlp": lambda: ResidualBlock(trunk),
         }[config.head]

@@ -17,13 +17,13 @@ from nextn.trunk import ChainCache, RaggedCache, Trunk, VisibleFn
 class SequentialModule(nn.Module):
     """One module: eh_proj([enorm(embedding) ; hnorm(state)]), one decoder layer of the host, its own norm."""
 
-    def __init__(self, trunk: Trunk) -> None:
+    def __init__(self, trunk: Trunk, dense: bool = False) -> None:
         super().__init__()
         width = trunk.width
         self.enorm = trunk.new_norm()
         self.hnorm = trunk.new_norm()
         self.eh_proj = nn.Linear(2 * width, width, bias=False, device=trunk.device, dtype=trunk.dtype)
-        self.layer = trunk.new_layer()
+        self.layer = trunk.new_layer(dense)
         self.norm = trunk.new_norm(like_final=True)
         with torch.no_grad():  # without calibration: pass the state on, ignore the token
             self.eh_proj.weight.copy_(torch.eye(width, 2 * width).roll(width, dims=1))
@@ -83,7 +83,7 @@ class DistinctHeads(Heads):
 
     def __init__(self, config: MultiTokenConfig, trunk: Trunk) -> None:
         super().__init__(config, trunk)
-        self.steps = nn.ModuleList(SequentialModule(trunk) for _ in range(self.n - 1))
+        self.steps = nn.ModuleList(SequentialModule(trunk, config.dense) for _ in range(self.n - 1))
         self.cache_count = self.n - 1
         # The module of depth k made its newest k-2 entries from drafts; see them again.
         self.lookback = self.n - 2
@@ -127,11 +127,11 @@ class RecurrentHeads(Heads):
 
     def __init__(self, config: MultiTokenConfig, trunk: Trunk) -> None:
         super().__init__(config, trunk)
-        self.step: nn.Module = self._new_step(trunk)
+        self.step: nn.Module = self._new_step(config, trunk)
         self.state_noise = config.state_noise
 
-    def _new_step(self, trunk: Trunk) -> nn.Module:
-        return SequentialModule(trunk)
+    def _new_step(self, config: MultiTokenConfig, trunk: Trunk) -> nn.Module:
+        return SequentialModule(trunk, config.dense)
 
     def calibrate(self, trunk: Trunk, text: Text) -> None:
         assert isinstance(self.step, SequentialModule)
