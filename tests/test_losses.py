@@ -228,7 +228,9 @@ def test_a_second_backward_says_what_to_do():
 
 
 def test_a_compiled_model_has_the_same_loss_and_gradients():
-    model = nextn.attach(make_host("llama"), nextn.MultiTokenConfig(n=3, freeze_trunk=False)).train()
+    model = nextn.attach(
+        make_host("llama"), nextn.MultiTokenConfig(n=3, freeze_trunk=False, weights={"preset": "gloeckle"})
+    ).train()
     ids = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
     losses, grads = [], []
     for run in (model, torch.compile(model, backend="aot_eager")):

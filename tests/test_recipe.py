@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,7 @@ def test_from_scratch_is_an_ordinary_model_as_large_as_the_one_without_heads(kin
 
 
 def test_heads_from_scratch_do_not_start_as_copies():
-    config = nextn.MultiTokenConfig(n=3, heads="parallel", freeze_trunk=False)
+    config = nextn.MultiTokenConfig(n=3, heads="parallel", freeze_trunk=False, weights={"preset": "gloeckle"})
     model = from_scratch(SHAPE, config, byte_tokenizer())
     first, second = model.heads.layers
     assert not torch.equal(first.mlp.up_proj.weight, second.mlp.up_proj.weight)
@@ -168,14 +169,31 @@ def test_heads_that_the_checkpoint_has_are_trained_on(attached, text, tmp_path):
     assert second.multi_token == first.multi_token
     assert torch.equal(second.heads.output.kept, first.heads.output.kept)
     assert not torch.equal(second.heads.step.eh_proj.weight, first.heads.step.eh_proj.weight)
+    assert nextn.load(tmp_path / "second").multi_token == first.multi_token, "it names the base, not the first heads"
+    others = {"base": str(tmp_path / "first"), "heads": {"n": 3}, "vocabulary": None}
+    with pytest.raises(ConfigError, match="has heads with another n than the recipe"):
+        train(Recipe(**attached | others), tmp_path / "third")
+    weights = {"preset": "deepseek"}
+    changes = {"base": str(tmp_path / "first"), "heads": {"freeze_trunk": False, "weights": weights}}
+    tuned = train(Recipe(**again | changes, lora={"r": 2, "target_modules": ["q_proj"]}), tmp_path / "tuned")
+    assert torch.equal(tuned.heads.output.kept, first.heads.output.kept) and not tuned.multi_token.freeze_trunk
+    assert nextn.load(tmp_path / "tuned").multi_token.weights.preset == "deepseek"
 
 
-def test_streamed_blocks_give_the_same_first_steps(attached, text, tmp_path):
-    settings = attached | {"vocabulary": None}
-    settings["training"] = settings["training"] | {"max_steps": 3, "num_train_epochs": 1}
-    streamed = train(Recipe(**settings, stream=True), tmp_path / "streamed")
-    assert (tmp_path / "streamed" / "nextn" / "heads.safetensors").is_file()
-    assert streamed.multi_token.n == 4
+@pytest.mark.parametrize("curriculum", ["forward", "reverse"])
+def test_a_curriculum_always_trains_something(attached, tmp_path, curriculum):
+    said = []
+    train(Recipe(**attached, schedule={"curriculum": curriculum}), tmp_path, say=said.append)
+    first, last = (row for row in said if hasattr(row, "columns")).__next__().columns[-2].cells  # t+4
+    assert (first == "–") == (curriculum == "forward") and (last == "–") == (curriculum == "reverse")
+
+
+def test_a_streamed_training_that_was_cut_goes_on_to_the_same_end(tiny_base, text, tmp_path):
+    whole = state(train(together(tiny_base, text, stream=True), tmp_path / "whole"))
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", cut / "checkpoint-4")
+    resumed = train(together(tiny_base, text, stream=True), cut)
+    assert_equal(state(resumed), whole, rtol=0, atol=1e-6)
 
 
 def test_settings_that_are_equal_give_one_model(tiny_base, tmp_path):
@@ -225,7 +243,10 @@ def test_settings_that_are_equal_give_one_model(tiny_base, tmp_path):
         ({"base": None}, "give either base or scratch"),
         ({"scratch": SHAPE}, "give either base or scratch"),
         ({"tokenizer": "bytes"}, "tokenizer goes with scratch"),
-        ({"lora": {"r": 2}}, "lora needs a base and heads with freeze_trunk: false"),
+        ({"lora": {"r": 2}}, "lora needs a base, and heads.freeze_trunk: false"),
+        ({"heads": {"freeze_trunk": False}}, "weights leave the next token out"),
+        ({"schedule": {"start": 0.5}}, "schedule.start goes with a trunk that is trained"),
+        ({"schedule": {"phases": [{"weights": {"preset": "list", "values": [1.0]}}]}}, "1 entries, but n is 4"),
         ({"stream": True}, "stream needs training.max_steps"),
         ({"data": []}, "data: List should have at least 1 item"),
         ({"heads": {"n": 1}}, "n: must be at least 2"),
@@ -239,9 +260,24 @@ def test_recipes_that_cannot_work_are_refused_in_one_sentence(attached, change, 
 
 
 def test_errors_that_show_only_when_it_runs(attached, tmp_path):
+    tuned = {"heads": {"freeze_trunk": False, "weights": {"preset": "gloeckle"}}, "vocabulary": None}
+    (tmp_path / "x.csv").write_text("a,b")
     for place, (change, kind, message) in enumerate(
         (
             ({"training": {"max_stepz": 3}}, ConfigError, "training: .*max_stepz"),
+            (
+                {"lora": {"r": 2, "target_modules": ["lm_head"]}, **tuned},
+                ConfigError,
+                "the unembedding, which heads share",
+            ),
+            (
+                {"lora": {"r": 2, "modules_to_save": ["lm_head"]}, **tuned},
+                ConfigError,
+                "modules_to_save is not supported",
+            ),
+            ({"lora": {"rank": 2}, **tuned}, ConfigError, "lora: .*rank"),
+            ({"data": [str(tmp_path / "x.csv")]}, DataError, "is no plain text"),
+            ({"data": ["answers/none.jsonl"]}, DataError, "There is no data file answers/none.jsonl"),
             ({"length": 4096}, ConfigError, "the base reads 128 tokens"),
             ({"data": ["nowhere.jsonl"]}, DataError, "There is no data file nowhere.jsonl"),
             ({"validation": 0.001}, ConfigError, "no block can be held out"),
@@ -256,10 +292,17 @@ def test_the_command_line(attached, tmp_path):
     recipe = {name: value for name, value in attached.items() if name not in ("base", "data")}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"validation": 0.2}))
     command = ["train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"), "--base", attached["base"]]
-    command += ["--data", attached["data"][0], "--set", "training.eval_steps=4"]
+    command += ["--data", attached["data"][0], "--set", "training.eval_steps=4", "--set", "training.learning_rate=1e-3"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert "heads saved in" in done.output and "τ, estimated" in done.output
+    for change, message in (
+        ("length=[", "the value is not YAML"),
+        ("length", "no field=value"),
+        ("vocabulary.x=1", "has no fields"),
+    ):
+        refused = CliRunner().invoke(app, [*command[:4], f"--set={change}"])
+        assert refused.exit_code == 1 and message in " ".join(refused.output.split())
     (tmp_path / "broken.yaml").write_text("a: [")
     for path, message in (("broken.yaml", "is not YAML (line 1)"), ("none.yaml", "cannot be read")):
         refused = CliRunner().invoke(app, ["train", str(tmp_path / path), "--out", str(tmp_path / "x")])

@@ -70,6 +70,11 @@ class WeightsConfig(BaseModel):
             raise ValueError("give weights.values with preset 'list', and only with that")
         return self
 
+    def check_length(self, n: int) -> None:
+        """Refuse a list that is not n long."""
+        if self.values is not None and len(self.values) != n:
+            raise ValueError(f"weights.values has {len(self.values)} entries, but n is {n}")
+
     def by_depth(self, n: int) -> list[float]:
         """[w_1, …, w_n]."""
         if self.preset == "gloeckle":
@@ -119,8 +124,9 @@ class ScheduleConfig(BaseModel):
     curriculum: `forward` adds one depth after the other, `reverse` takes the furthest away one after the other, in n
         equal parts of the training (arXiv:2505.22757).
     start: the share of the training before which heads have no weight.
-    share, share_of: heads are trained on a random share of the `positions`, or of the `sequences` of a batch (at least
-        one), which saves the work on the others. Their loss is scaled up, so that its expectation stays.
+    share, share_of: heads are trained on a random share of the `positions`, which saves their outputs, or of the
+        `sequences` of a batch (at least one), which saves their layers too. Their loss is scaled up, so that its
+        expectation stays.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -137,14 +143,14 @@ class ScheduleConfig(BaseModel):
             raise ValueError("schedule.phases must end one after the other (until: rising)")
         return self
 
-    def weights_at(self, progress: float, usual: WeightsConfig, n: int) -> list[float]:
-        """[w_1, …, w_n] when a share `progress` of the training is done."""
+    def weights_at(self, progress: float, usual: WeightsConfig, n: int, least: int = 1) -> list[float]:
+        """[w_1, …, w_n] when a share `progress` of the training is done; depths up to `least` always have theirs."""
         phase = next((phase.weights for phase in self.phases if progress < phase.until), usual)
         weights = phase.by_depth(n)
         deepest = {"none": n, "forward": 1 + int(progress * n), "reverse": n - int(progress * n)}[self.curriculum]
         if progress < self.start:
             deepest = 1
-        return [weight if depth <= deepest else 0.0 for depth, weight in enumerate(weights, start=1)]
+        return [weight if depth <= max(deepest, least) else 0.0 for depth, weight in enumerate(weights, start=1)]
 
 
 class MultiTokenConfig(Strict):
@@ -212,8 +218,16 @@ class MultiTokenConfig(Strict):
             raise ValueError("drafter_width applies to shared_kv heads only")
         if self.heads != "parallel" and (self.head != "transformer" or self.chaining != "none"):
             raise ValueError("head and chaining apply to parallel heads only")
-        if self.weights.values is not None and len(self.weights.values) != self.n:
-            raise ValueError(f"weights.values has {len(self.weights.values)} entries, but n is {self.n}")
+        self.weights.check_length(self.n)
+        if not self.freeze_trunk and not self.weights.by_depth(self.n)[0]:
+            raise ValueError(
+                "freeze_trunk is false, but weights leave the next token out (w_1 = 0), so that the trunk would forget "
+                "it: use weights.preset gloeckle or deepseek"
+            )
+        if self.heads != "shared_kv" and "drafter_layers" in self.model_fields_set and self.drafter_layers != 4:
+            raise ValueError("drafter_layers applies to shared_kv heads only")
+        if self.dense and self.head != "transformer":
+            raise ValueError("dense applies to transformer heads only")
         return self
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from tokenizers.decoders import DecodeStream
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nextn.losses import IGNORE
@@ -25,6 +26,8 @@ class DataError(ValueError):
     """A data file that cannot be used; the message says why."""
 
 
+_NO_TEXT = "The data has no usable text: expected records with `text`, with `prompt` and `answer`, or with `messages`."
+_PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".arrow", ".bin", ".csv", ".tsv")  # no text to train on as it is
 Example = tuple[list[int], list[int]]  # token ids, and the labels of the same places
 
 
@@ -73,11 +76,13 @@ def records_of(source: str | Path, split: str = "train", text_bytes: int = 1 << 
         yield from _json_lines(path)
     elif path.is_file() and path.suffix == ".parquet":
         yield from _loaded("parquet", None, "train", data_files=str(path))
+    elif path.is_file() and path.suffix in _PACKED:
+        raise DataError(f"{path} is no plain text; give .jsonl, .parquet or text.")
     elif path.is_file():
         with path.open(encoding="utf-8", errors="replace") as lines:
             while piece := lines.readlines(text_bytes):
                 yield {"text": "".join(piece)}
-    elif str(source).count("/") == 1 and not str(source).startswith((".", "/")):
+    elif str(source).count("/") == 1 and not str(source).startswith((".", "/")) and not path.suffix[1:].isalpha():
         name, _, config = str(source).partition(":")
         yield from _loaded(name, config or None, split)
     else:
@@ -222,7 +227,7 @@ class PackedBlocks(Dataset):
         self.length, self.pad_id = length, pad_id
         self.blocks: list[list[Example]] = list(_first_fit(examples, length))
         if not self.blocks:
-            raise DataError("The data has no usable text: expected records with `prompt` and `answer`, or `text`.")
+            raise DataError(_NO_TEXT)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -264,8 +269,15 @@ class StreamedBlocks(IterableDataset):
         self.examples, self.length, self.pad_id = examples, length, pad_id
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for documents in _first_fit(self.examples(), self.length):
+        blocks = _first_fit(self.examples(), self.length)
+        worker = get_worker_info()  # each worker of a data loader packs all, and gives its share
+        chosen = blocks if worker is None else itertools.islice(blocks, worker.id, None, worker.num_workers)
+        found = False
+        for documents in chosen:
+            found = True
             yield _block(documents, self.length, self.pad_id)
+        if not found and worker is None:
+            raise DataError(_NO_TEXT)
 
 
 def _block(documents: list[Example], length: int, pad_id: int) -> dict[str, Tensor]:

@@ -105,7 +105,8 @@ def depth_losses(
     # Inside its own forward the module cannot be called once more.
     unembed = project if module is trunk.unembedding else trunk.unembedding
     weights = [depth.weight for depth in depths]
-    chunk = chunk or max(1, CHUNK // output.size(trunk))
+    whole = objective.follows != "text" or not _is_plain_linear(module)  # logits of all tokens are made
+    chunk = chunk or max(1, CHUNK // (trunk.vocab_size if whole else output.size(trunk)))
     plan = _Plan(weights, reads, aimed, teachers, _teacher(unembed, trunk.dtype, output.kept), objective, chunk)
     through = _through_table if _is_plain_linear(module) else _through_module
     with _forward_is(module, lambda *given: through(module, project, output.rows, plan, *given)):
@@ -214,8 +215,9 @@ def _text(logits: Tensor, targets: Tensor, largest: Tensor) -> Tensor:
 
 def _distribution(named: Tensor, whole: Tensor, temperature: float) -> Tensor:
     """softmax(whole / temperature), at the tokens that can be named: [C, V'], summing to 1 or less."""
-    normaliser = torch.logsumexp(whole / temperature, dim=-1, keepdim=True)
-    return (named / temperature).sub_(normaliser).exp_()
+    if temperature != 1.0:
+        named, whole = named / temperature, whole / temperature
+    return (named - torch.logsumexp(whole, dim=-1, keepdim=True)).exp_()
 
 
 def _follow(logits: Tensor, p: Tensor, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
@@ -264,6 +266,8 @@ def _through_table(
     table, bias = module.weight, module.bias
     if chosen_rows is not None:
         table, bias = table[chosen_rows.long()], None if bias is None else bias[chosen_rows.long()]
+    if not torch.is_grad_enabled():  # or else the function would be asked for gradients of parameters all the same
+        table, bias = table.detach(), None if bias is None else bias.detach()
     return _InForward.apply(plan, table, bias, *states)
 
 

@@ -28,11 +28,12 @@ class MultiTokenOutput(ModelOutput):
 
     loss: Σ w_k · L_k, a scalar; None without labels.
     logits: the trunk's next-token logits [B, T, V]; None with labels, where nobody needs them whole.
-    depth_losses: mean negative log-likelihood by depth 1 … n [n], NaN where a depth was not computed.
+    depth_losses: mean loss by depth 1 … n [n]: negative log-likelihood, or what the objective says; NaN where a depth
+        was not computed. With a trimmed output, over the targets that it can name.
     depth_accuracies: share of targets that were the best token, by depth [n]; a target that a trimmed output cannot
         name counts as missed.
     accepted: how many drafts from each position are the text's tokens, all earlier ones included [B, T]; -1 where
-        there is no t+1 target. None where heads saw only a part of the batch.
+        there is no t+1 target. None while heads see only a share of the batch.
     """
 
     loss: Tensor | None = None
@@ -160,7 +161,7 @@ class MultiTokenModel(PreTrainedModel):
             loss=total / (items if denominator is None else denominator),
             depth_losses=losses,
             depth_accuracies=accuracies,
-            accepted=_leading(hits, targets, n),
+            accepted=None if self.training and self.schedule.share < 1 else _leading(hits, targets, n),
         )
 
     def _head_depths(self, text: Text, hidden: Tensor | None, tapped: Tensor, labels: Tensor) -> dict[int, Depth]:
@@ -298,15 +299,13 @@ class MultiTokenModel(PreTrainedModel):
         save(self, save_directory, tokenizer)
 
 
-def _leading(hits: dict[int, Tensor], targets: Tensor, n: int) -> Tensor | None:
+def _leading(hits: dict[int, Tensor], targets: Tensor, n: int) -> Tensor:
     """How many depths 2, 3 … hit one after the other [B, T]; -1 where the t+1 `targets` have none."""
     standing = torch.ones_like(targets)
     count = torch.zeros_like(targets)
     for k in range(2, n + 1):
         if k not in hits:
             break
-        if hits[k].shape != targets.shape:
-            return None
         standing = standing * hits[k]
         count += standing
     return torch.where(targets == IGNORE, -1, count)

@@ -96,6 +96,9 @@ class SeparateOutput(SharedOutput):
         super().__init__()
         self.tables = nn.ModuleList(OwnOutput(trunk, width) for _ in range(modules))
 
+    def forward(self, trunk: Trunk, states: Tensor) -> Tensor:
+        raise NotImplementedError("each module has its own table: call output.at(depth)")
+
     def at(self, depth: int) -> Output:
         table = self.tables[min(depth - 2, len(self.tables) - 1)]  # a recurrent module has one for all depths
         assert isinstance(table, OwnOutput)
@@ -137,8 +140,8 @@ class TrimmedOutput(Output):
     def forward(self, trunk: Trunk, states: Tensor) -> Tensor:
         if self.table is not None:
             return self.table(states.to(self.table.weight.dtype))
-        rows = self._kept_rows(trunk.unembedding.weight)
-        return F.linear(states.to(rows.dtype), rows)
+        rows, bias = self._kept_rows(trunk.unembedding.weight), trunk.unembedding.bias
+        return F.linear(states.to(rows.dtype), rows, None if bias is None else bias[self.kept.long()])
 
     def _kept_rows(self, weight: Tensor) -> Tensor:
         if weight.requires_grad or torch.compiler.is_exporting():

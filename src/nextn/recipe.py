@@ -8,6 +8,7 @@ model), heads attached to a frozen model (`base`, `heads.freeze_trunk: true`), a
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from torch import nn
 from torch.utils.data import Dataset, default_collate
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from nextn.adapters import add_adapters
 from nextn.config import ConfigError, MultiTokenConfig, ScheduleConfig, Strict
 from nextn.data import PackedBlocks, StreamedBlocks, byte_tokenizer, examples_of
 from nextn.formats import FormatError, native
@@ -32,6 +34,7 @@ from nextn.trunk import context_length
 
 BYTES = "bytes"
 CALIBRATION_BLOCKS = 128
+OF_TRAINING = {"weights", "objective", "state_noise", "freeze_trunk"}  # fields of the heads that leave them as they are
 
 Say = Callable[[Any], Any]
 
@@ -39,8 +42,8 @@ Say = Callable[[Any], Any]
 class Recipe(Strict):
     """All that decides a training.
 
-    base: the model to start from: a directory, a hub name or the bundled model. Where it has heads already and `heads`
-        is left out, these are trained on.
+    base: the model to start from: a directory, a hub name or the bundled model. Heads that it has are trained on;
+        `heads` may then change how they are trained (`OF_TRAINING`), and may be left out.
     scratch: or the config of a plain model in transformers' terms (`model_type`, `hidden_size`, …), to start from
         random weights. Its layers are those of the model that predicts one token; each parallel transformer head takes
         the place of one of them (Gloeckle et al.), so that both are equal in size.
@@ -91,9 +94,14 @@ class Recipe(Strict):
         elif self.tokenizer is not None:
             raise ValueError("tokenizer goes with scratch; a base brings its own")
         if self.lora is not None and (self.heads is None or self.heads.freeze_trunk or self.scratch is not None):
-            raise ValueError("lora needs a base and heads with freeze_trunk: false")
+            raise ValueError("lora needs a base, and heads.freeze_trunk: false")
         if self.stream and (self.validation or "max_steps" not in self.training):
             raise ValueError("stream needs training.max_steps, and has no validation")
+        if self.heads is not None:
+            for phase in self.schedule.phases:
+                phase.weights.check_length(self.heads.n)
+            if self.heads.freeze_trunk and self.schedule.start:
+                raise ValueError("schedule.start goes with a trunk that is trained; else nothing is, before it")
         if self.vocabulary is not None and (self.heads is None or self.heads.output.kind != "shared"):
             raise ValueError("vocabulary goes with heads whose output is not stated otherwise")
         return self
@@ -156,7 +164,7 @@ class Recipe(Strict):
         if self.validation:
             usual |= {"eval_strategy": "steps", "eval_steps": 250}
         fixed = {"output_dir": str(out), "seed": self.seed, "remove_unused_columns": False}
-        stated = usual | self.training | fixed
+        stated = usual | {name: _number(value) for name, value in self.training.items()} | fixed
         if "lr_scheduler_type" in self.training:
             stated["lr_scheduler_kwargs"] = self.training.get("lr_scheduler_kwargs")
         try:
@@ -165,23 +173,35 @@ class Recipe(Strict):
             raise ConfigError(f"training: {str(error).removeprefix('TrainingArguments.__init__() ')}.") from None
 
 
+def _number(value: Any) -> Any:
+    """YAML takes 1e-4, without a point, for a string."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _set(stated: dict[str, Any], change: str) -> None:
     field, equals, value = change.partition("=")
     *outer, name = field.split(".")
     if not equals or not name:
         raise ConfigError(f"--set {change} is no field=value.")
+    try:
+        read = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {change}: the value is not YAML.") from None
     for part in outer:
         stated = stated.setdefault(part, {})
         if not isinstance(stated, dict):
             raise ConfigError(f"--set {change}: {part} has no fields.")
-    stated[name] = yaml.safe_load(value)
+    stated[name] = read
 
 
 def train(recipe: Recipe, out: str | Path, say: Say = print) -> MultiTokenModel:
     """Run a recipe; goes on from the last checkpoint in `out`.
 
     A frozen trunk runs in bfloat16; all that is trained is float32 and computes in bfloat16. Heads of a frozen trunk
-    are stored in bfloat16, by themselves; else the whole model is, in float32.
+    are stored by themselves, in bfloat16 (under FSDP in float32); else the whole model is, in float32.
 
     Returns:
         the trained model, in eval mode.
@@ -191,34 +211,36 @@ def train(recipe: Recipe, out: str | Path, say: Say = print) -> MultiTokenModel:
     arguments = recipe.arguments(out)
     if arguments.process_index:  # one process speaks for all
         say = _nothing
-    tokenizer = _tokenizer(recipe)
+    trained_on = None if recipe.scratch is not None else _trained_on(recipe)
+    tokenizer = _tokenizer(recipe, trained_on)
     blocks = _blocks(recipe, tokenizer)
-    if isinstance(blocks, PackedBlocks):
-        say(f"{blocks.trained_tokens:,} trained tokens in {len(blocks):,} blocks of {recipe.length}")
+    training, validation = _split(blocks, recipe)
+    packed = training if isinstance(training, PackedBlocks) else None
+    if packed:
+        say(f"{packed.trained_tokens:,} trained tokens in {len(packed):,} blocks of {recipe.length}")
     transformers.set_seed(recipe.seed)
     checkpoint = last_checkpoint(out)
-    model = _model(recipe, tokenizer, blocks, fresh=checkpoint is None)
-    if recipe.vocabulary is not None:
-        _choose_vocabulary(model, blocks, tokenizer, say)
+    model = _model(recipe, trained_on, tokenizer, None if checkpoint else packed, arguments.device)
+    if recipe.vocabulary is not None and not trained_on:
+        _choose_vocabulary(model, packed, tokenizer, say)
     if checkpoint:
         say(f"going on from {checkpoint}")
     if not arguments.process_index:
         (out / "recipe.json").write_text(stated)
-    training, validation = _split(blocks, recipe)
-    states = _kept_states(training, model, recipe, arguments, out, say)
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=states or training,
+        train_dataset=_with_states(training, model, recipe, arguments, out, say),
         eval_dataset=validation,
         data_collator=default_collate,  # blocks are of one length; the tokenizer's collator would take them apart
         processing_class=tokenizer,
         schedule=recipe.schedule,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_result(out, base_name=recipe.base)
-    if states is not None:
-        states.forget()
+    if validation is not None:
+        trainer.evaluate()
+    trainer.save_result(out, base_name=None if trained_on else recipe.base)
+    WithTrunkStates.forget(out)
     say(summary(trainer.state.log_history, model.multi_token.n))
     say(f"{'heads' if model.multi_token.freeze_trunk else 'model'} saved in {out}")
     return model.eval()
@@ -260,12 +282,37 @@ def _claimable(recipe: Recipe, out: Path) -> str:
     return stated
 
 
-def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+def _trained_on(recipe: Recipe) -> MultiTokenConfig | None:
+    """The config of heads that the base has, changed as the recipe says; None where heads are to be attached.
+
+    Raises:
+        ConfigError: where there are none and the recipe states none, or states others.
+    """
+    assert recipe.base is not None
+    directory = native.heads_directory(recipe.base) if recipe.heads is None else recipe.base
+    if not native.has_heads(directory):
+        if recipe.heads is None:
+            raise ConfigError(f"{recipe.base} has no heads; say under heads what is to be attached.")
+        return None
+    stored, given = native.config_of(directory), recipe.heads.model_fields_set if recipe.heads else set()
+    others = [name for name in sorted(given - OF_TRAINING) if getattr(recipe.heads, name) != getattr(stored, name)]
+    if recipe.vocabulary not in (None, stored.output.size):
+        others.append("vocabulary")
+    if others:
+        raise ConfigError(
+            f"{recipe.base} has heads with another {others[0]} than the recipe; leave it out to train on these, or "
+            f"start from their base, {native.base_of(directory)}, to attach new ones."
+        )
+    changes = recipe.heads.model_dump(include=given & OF_TRAINING) if recipe.heads else {}
+    return MultiTokenConfig(**stored.model_dump() | changes)
+
+
+def _tokenizer(recipe: Recipe, config: MultiTokenConfig | None) -> PreTrainedTokenizerBase:
     if recipe.tokenizer == BYTES:
         return byte_tokenizer()
-    base = recipe.base or recipe.tokenizer
-    assert base is not None
-    return native.load_tokenizer(native.base_of(base) if recipe.heads is None else base)
+    name = recipe.base or recipe.tokenizer
+    assert name is not None
+    return native.load_tokenizer(native.base_of(name) if config else name)
 
 
 def _blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PackedBlocks | StreamedBlocks:
@@ -279,27 +326,31 @@ def _blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PackedBlocks 
 
 
 def _model(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, blocks: PackedBlocks | StreamedBlocks, fresh: bool
+    recipe: Recipe,
+    trained_on: MultiTokenConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: PackedBlocks | None,
+    device: torch.device,
 ) -> MultiTokenModel:
+    """The model to train, on the device, where a fit of its start is fast.
+
+    Args:
+        trained_on: the config of heads that the base has.
+        calibration: text for that fit.
+    """
     if recipe.scratch is not None:
-        return from_scratch(recipe.scratch, recipe.config(), tokenizer)
-    assert recipe.base is not None
-    if recipe.heads is None:
-        if not native.has_heads(recipe.base):
-            raise ConfigError(f"{recipe.base} has no heads; say under heads what is to be attached.")
-        frozen = native.config_of(recipe.base).freeze_trunk
-        model = native.load(recipe.base, dtype=torch.bfloat16 if frozen else torch.float32)
-        model.train()
+        model = from_scratch(recipe.scratch, recipe.config(), tokenizer)
     else:
-        frozen = recipe.heads.freeze_trunk
-        base = native.load_base(recipe.base, dtype=torch.bfloat16 if frozen else torch.float32)
-        _check_length(recipe, base)
-        calibration = (
-            blocks.batch(range(min(CALIBRATION_BLOCKS, len(blocks))))
-            if isinstance(blocks, PackedBlocks) and fresh
-            else None
-        )
-        model = attach(base, recipe.config(), calibration)
+        config = trained_on or recipe.config()
+        dtype = torch.bfloat16 if config.freeze_trunk else torch.float32
+        assert recipe.base is not None
+        if trained_on:
+            model = native.load(recipe.base, dtype=dtype, config=trained_on).train()
+        else:
+            base: Any = native.load_base(recipe.base, dtype=dtype)
+            batch = calibration.batch(range(min(CALIBRATION_BLOCKS, len(calibration)))) if calibration else None
+            model = attach(base.to(device), config, batch)
+    _check_length(recipe, model.base)
     model.heads.float()
     if recipe.lora is not None:
         add_adapters(model.base, recipe.lora)
@@ -356,28 +407,12 @@ def randomise(model: MultiTokenModel) -> None:
             part.apply(anew)
 
 
-def add_adapters(base: PreTrainedModel, settings: dict[str, Any]) -> None:
-    """Put LoRA adapters into a model; only they are trained.
-
-    Raises:
-        ConfigError: without peft, or for settings that it does not take.
-    """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise ConfigError("lora needs peft: pip install 'nextn[lora]'.") from None
-    try:
-        inject_adapter_in_model(LoraConfig(**settings), base)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"lora: {str(error).splitlines()[0]}") from None
-
-
 def _choose_vocabulary(
-    model: MultiTokenModel, blocks: PackedBlocks | StreamedBlocks, tokenizer: PreTrainedTokenizerBase, say: Say
+    model: MultiTokenModel, blocks: PackedBlocks | None, tokenizer: PreTrainedTokenizerBase, say: Say
 ) -> None:
     output = model.heads.output
     assert isinstance(output, TrimmedOutput)
-    if not isinstance(blocks, PackedBlocks):
+    if blocks is None:
         raise ConfigError("vocabulary counts the tokens of the data, and stream does not hold them.")
     labels = blocks.labels
     special = [token for token in tokenizer.all_special_ids if token < model.trunk.vocab_size]
@@ -400,21 +435,29 @@ def _split(blocks: PackedBlocks | StreamedBlocks, recipe: Recipe) -> tuple[Any, 
     return blocks.part(kept), blocks.part(sorted(held_out))
 
 
-def _kept_states(
+def _with_states(
     blocks: Any, model: MultiTokenModel, recipe: Recipe, arguments: transformers.TrainingArguments, out: Path, say: Say
-) -> WithTrunkStates | None:
-    """The blocks, with a frozen trunk's states on disk, where more than one pass would need them and they fit."""
-    wanted = model.multi_token.freeze_trunk and isinstance(blocks, PackedBlocks) and arguments.num_train_epochs > 1
-    if (
-        not wanted
-        or model.heads.reads
-        or model.weights[0]
-        or (model.heads.tap != "post_norm" and model.multi_token.objective.follows != "text")
-    ):
-        return None
-    size = WithTrunkStates.bytes_needed(blocks, model) / 1e9
-    if size > recipe.max_states_gb:
-        say(f"the trunk's states would take {size:.1f} GB, over max_states_gb: the trunk runs in every epoch")
-        return None
-    say(f"the trunk's states are kept in {out} while training, {size:.1f} GB")
-    return WithTrunkStates(blocks, model, out / "trunk_states.bin")
+) -> Dataset:
+    """The blocks; with a frozen trunk's states on disk, where more than one pass needs them and they can be kept."""
+    if not model.multi_token.freeze_trunk or not isinstance(blocks, PackedBlocks):
+        return blocks
+    seen = arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
+    if (seen / len(blocks) if arguments.max_steps > 0 else arguments.num_train_epochs) <= 1:
+        return blocks
+    size = WithTrunkStates.bytes_needed(blocks, model)
+    follows = model.multi_token.objective.follows
+    why_not = {
+        "head 1 has a weight": bool(model.weights[0]),
+        "the heads read its keys": bool(model.heads.reads),
+        f"{follows} needs its last state, and the heads read another": follows != "text"
+        and model.heads.tap != "post_norm",
+        "they would be split over processes": bool(arguments.fsdp) or arguments.world_size > 1,
+        "dataloader_num_workers is set": arguments.dataloader_num_workers > 0,
+        f"its states take {size / 1e9:.1f} GB, over max_states_gb": size > recipe.max_states_gb * 1e9,
+        f"its states take {size / 1e9:.1f} GB, more than the disk has free": size > shutil.disk_usage(out).free,
+    }
+    if reasons := [reason for reason, holds in why_not.items() if holds]:
+        say(f"the trunk runs in every epoch: {reasons[0]}")
+        return blocks
+    say(f"the trunk's states are kept in {out} while training, {size / 1e9:.1f} GB")
+    return WithTrunkStates(blocks, model, out / WithTrunkStates.name(blocks, model))

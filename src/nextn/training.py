@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from functools import cached_property
@@ -13,8 +14,8 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
 
+from nextn.adapters import adapter_names, merge_adapters
 from nextn.config import ConfigError, ScheduleConfig
 from nextn.data import PackedBlocks
 from nextn.formats import native
@@ -65,7 +66,14 @@ class Trainer(transformers.Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         self._accepted.clear()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        scheduled = self.model.weights  # a phase of the schedule; figures of all phases are to be comparable
+        self.model.weights = self.model.multi_token.weights.by_depth(self.model.multi_token.n)
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            self.model.weights = scheduled
         assert output.metrics is not None
         counts = torch.tensor([len(self._accepted), sum(self._accepted)], device=self.args.device)
         steps, drafts = self.accelerator.reduce(counts, "sum").tolist()
@@ -83,6 +91,10 @@ class Trainer(transformers.Trainer):
                 if loss == loss:  # depths that were not computed are NaN
                     logs |= {f"loss_{depth}": round(loss, 4), f"accuracy_{depth}": round(accuracy, 4)}
         super().log(logs, *args, **kwargs)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """All but vectors: norms, whatever they are called, and biases."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     # --- checkpoints ------------------------------------------------------------------------------------------
 
@@ -116,9 +128,10 @@ class Trainer(transformers.Trainer):
     def save_result(self, directory: Path, base_name: str | None) -> None:
         """Write what the training was for: heads in bfloat16 for a frozen base, else a plain model and its heads."""
         if self.model.multi_token.freeze_trunk and not self.is_fsdp_enabled:
-            native.save_heads(
-                self.model, directory, base_name=base_name, dtype=torch.bfloat16, tokenizer=self.processing_class
-            )
+            if self.args.should_save:
+                native.save_heads(
+                    self.model, directory, base_name=base_name, dtype=torch.bfloat16, tokenizer=self.processing_class
+                )
             return
         merge_adapters(self.model.base)
         self.save_model(str(directory))
@@ -134,8 +147,8 @@ class Trainer(transformers.Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
             raise ConfigError(
-                f"Going on from {resume_from_checkpoint} under FSDP is not supported yet; go on in one process, or "
-                "start anew in another directory."
+                f"Going on from {resume_from_checkpoint} under FSDP is not supported yet; start anew in another "
+                "directory."
             )
         model, base = self.model, self.model.base
         if model.multi_token.freeze_trunk:
@@ -157,7 +170,8 @@ class _Scheduled(transformers.TrainerCallback):
     def on_step_begin(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
         config = self.model.multi_token
         progress = state.global_step / max(1, state.max_steps)
-        self.model.weights = self.model.schedule.weights_at(progress, config.weights, config.n)
+        least = 2 if config.freeze_trunk else 1  # something must be trained
+        self.model.weights = self.model.schedule.weights_at(progress, config.weights, config.n, least)
 
 
 def simulated(accepted: Tensor) -> list[int]:
@@ -182,21 +196,6 @@ def simulated(accepted: Tensor) -> list[int]:
                 place += row[place] + 1
             place = end
     return steps
-
-
-def adapter_names(base: PreTrainedModel) -> list[str]:
-    """The adapters of a trunk by name, and all else that is trained with them; none where there are no adapters."""
-    if not any("lora_" in name for name, _ in base.named_parameters()):
-        return []
-    return [name for name, parameter in base.named_parameters() if parameter.requires_grad]
-
-
-def merge_adapters(base: PreTrainedModel) -> None:
-    """Add the adapters of a trunk to its weights, and put the plain layers back."""
-    for name, module in list(base.named_modules()):
-        if hasattr(module, "base_layer") and hasattr(module, "merge"):
-            module.merge()
-            base.set_submodule(name, module.base_layer)
 
 
 def last_checkpoint(directory: str | Path) -> str | None:
@@ -249,7 +248,16 @@ class WithTrunkStates(Dataset):
         """The size of the file."""
         return len(blocks) * blocks.length * model.heads.hidden_width * model.trunk.dtype.itemsize
 
-    def forget(self) -> None:
-        """Remove the files."""
-        for suffix in (".bin", ".done"):
-            self.path.with_suffix(suffix).unlink(missing_ok=True)
+    @staticmethod
+    def forget(directory: Path) -> None:
+        """Remove the files of a training."""
+        for file in directory.glob("trunk_states*"):
+            file.unlink()
+
+    @staticmethod
+    def name(blocks: PackedBlocks, model: MultiTokenModel) -> str:
+        """A name for the file that another text, base or tap does not share."""
+        digest = hashlib.sha256(f"{native.hash_of(model.base)} {model.heads.tap} {blocks.length}".encode())
+        for place in range(len(blocks)):
+            digest.update(blocks[place]["input_ids"].numpy().data)
+        return f"trunk_states-{digest.hexdigest()[:16]}.bin"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -255,6 +256,24 @@ class Trunk:
         first, second = part.chunk(2, dim=-1)
         turned = part * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
         return torch.cat([turned, rest], dim=-1)
+
+    @torch.no_grad()
+    def check_rotation(self) -> None:
+        """Refuse a host that rotates otherwise than `rotate` does.
+
+        Raises:
+            HostError: for a host that rotates neighbouring channels together (GLM-4, Cohere).
+        """
+        heads, width = self.attention_shape()
+        kind = self.last_layer_type
+        states = torch.linspace(-1, 1, heads * 3 * width, device=self.device).view(1, heads, 3, width)
+        positions = torch.arange(3, device=self.device)[None]
+        cos, sin = self.decoder.rotary_emb(states, positions, *((kind,) if self._rotary_by_type else ()))
+        theirs = getattr(sys.modules[type(self.attention(-1)).__module__], "apply_rotary_pos_emb", None)
+        if theirs is None or not torch.allclose(
+            theirs(states, states, cos, sin)[0], self.rotate(states, positions, kind), atol=1e-3
+        ):
+            raise HostError(f"{type(self.model).__name__} rotates its keys in a way that shared-KV heads do not know.")
 
     def last_layer_of(self, layer_type: str) -> int | None:
         """The place of the last layer of a type; None where there is none."""

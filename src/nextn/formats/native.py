@@ -168,7 +168,11 @@ def _in_memory(base: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def load(
-    directory: str | Path, base: PreTrainedModel | None = None, dtype: torch.dtype | None = None, **kwargs: Any
+    directory: str | Path,
+    base: PreTrainedModel | None = None,
+    dtype: torch.dtype | None = None,
+    config: MultiTokenConfig | None = None,
+    **kwargs: Any,
 ) -> MultiTokenModel:
     """Open a saved model, or heads on their base.
 
@@ -177,13 +181,14 @@ def load(
         base: the base model, where it is loaded already; else it is read from `directory` or, for heads alone, from
             where the heads say.
         dtype: of trunk and heads; default: as stored.
+        config: in place of the stored one; it must describe the same tensors.
         kwargs: passed on to AutoModelForCausalLM.from_pretrained.
 
     Raises:
         FormatError: for a missing or truncated file, or heads that do not fit the base.
     """
     directory = heads_directory(directory)
-    description, config = describe(directory), config_of(directory)
+    description, config = describe(directory), config or config_of(directory)
     if base is None:
         base = load_base(base_of(directory), dtype=dtype, **kwargs)
     _check_fit(description["base"], base)

@@ -46,6 +46,16 @@ class MidLayer(nn.Module):
         return state + self.mlp(self.post_attention_layernorm(state))
 
 
+class Rotary(LlamaRotaryEmbedding):
+    """Llama's, whose frequencies stay float32 when the heads become bfloat16: engines have them so."""
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Rotary:
+        super()._apply(*args, **kwargs)
+        exact: Any = LlamaRotaryEmbedding(self.config).inv_freq
+        self.inv_freq = exact.to(self.inv_freq.device)
+        return self
+
+
 class Eagle3Step(nn.Module):
     """One step: the layer, and the norm before the output."""
 
@@ -54,32 +64,28 @@ class Eagle3Step(nn.Module):
         config = llama_config(trunk)
         self.midlayer = MidLayer(config)
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = LlamaRotaryEmbedding(config)
+        self.rotary = Rotary(config)
         for parameter in self.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=config.initializer_range)
         self._copy_where_it_fits(trunk)
         self.to(device=trunk.device, dtype=trunk.dtype)
-        self.rotary.float()
 
     @torch.no_grad()
     def _copy_where_it_fits(self, trunk: Trunk) -> None:
-        """Start from the host's last layer and final norm where they have such parts; the embedding has no say yet."""
+        """Start from the last layer and final norm of a host with exactly Llama's parts; the token has no say yet."""
         theirs = dict(trunk.layers[-1].named_parameters())
-        for name, parameter in self.midlayer.named_parameters():
-            like = theirs.get(name)
-            if like is None:
-                continue
+        ours = {name: each for name, each in self.midlayer.named_parameters() if name != "hidden_norm.weight"}
+        if theirs.keys() != ours.keys():
+            return
+        for name, parameter in ours.items():
             if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-                if like.shape == (parameter.shape[0], parameter.shape[1] // 2):
-                    parameter.zero_()[:, trunk.width :] = like
-            elif like.shape == parameter.shape and name != "input_layernorm.weight":
-                parameter.copy_(like)
-        if (first := theirs.get("input_layernorm.weight")) is not None:
-            self.midlayer.hidden_norm.weight.copy_(first)
-        final = next(trunk.norm.parameters(), None)
-        if final is not None and final.shape == self.norm.weight.shape:
-            self.norm.weight.copy_(final)
+                parameter.zero_()[:, trunk.width :] = theirs[name]
+            elif name == "input_layernorm.weight":  # what the host's reads, ours has in hidden_norm
+                self.midlayer.hidden_norm.weight.copy_(theirs[name])
+            else:
+                parameter.copy_(theirs[name])
+        self.norm.load_state_dict(trunk.norm.state_dict())
 
     def forward(
         self,

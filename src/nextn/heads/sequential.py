@@ -89,9 +89,11 @@ class DistinctHeads(Heads):
         self.lookback = self.n - 2
 
     def calibrate(self, trunk: Trunk, text: Text) -> None:
-        for module in self.steps:
-            assert isinstance(module, SequentialModule)
-            module.calibrate(trunk, text, self)
+        first, *others = self.steps
+        assert isinstance(first, SequentialModule)
+        first.calibrate(trunk, text, self)
+        for module in others:  # they are alike so far
+            module.load_state_dict(first.state_dict())
 
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
         visible = text.visible()

@@ -66,6 +66,7 @@ class SharedKVHeads(Heads):
                 f"{type(trunk.model).__name__} caches compressed keys (MLA), which shared-KV heads cannot read; choose "
                 "another kind of heads."
             )
+        trunk.check_rotation()
         super().__init__(config, trunk)
         width = self.output_width(config, trunk)
         kinds = [kind for kind in ("sliding_attention", "full_attention") if trunk.last_layer_of(kind) is not None]
