@@ -180,6 +180,14 @@ def test_heads_that_the_checkpoint_has_are_trained_on(attached, text, tmp_path):
     assert nextn.load(tmp_path / "tuned").multi_token.weights.preset == "deepseek"
 
 
+def test_overlap_and_validation_are_logged(attached, tmp_path):
+    heads = attached["heads"] | {"objective": {"follows": "lk"}}
+    train(Recipe(**attached | {"heads": heads, "validation": 0.2}), tmp_path)
+    history = json.loads((sorted(tmp_path.glob("checkpoint-*"))[-1] / "trainer_state.json").read_text())["log_history"]
+    assert all(0 < entry["overlap_2"] <= 1 for entry in history if "loss_2" in entry)
+    assert any("loss_2" in entry for entry in history)
+
+
 @pytest.mark.parametrize("curriculum", ["forward", "reverse"])
 def test_a_curriculum_always_trains_something(attached, tmp_path, curriculum):
     said = []

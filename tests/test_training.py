@@ -83,6 +83,8 @@ def test_resumed_training_equals_training_in_one_go(frozen, tmp_path):
     assert trainer.state.global_step == 6
     assert_equal(state(resumed), state(whole), rtol=0, atol=1e-6)
     assert any("loss_2" in entry and "accuracy_3" in entry for entry in trainer.state.log_history)
+    assert all(entry["tokens_per_second"] > 0 for entry in trainer.state.log_history if "loss_2" in entry)
+    assert not any("overlap_2" in entry for entry in trainer.state.log_history)
     stored = nextn.load(tmp_path / "whole" / "checkpoint-6", base=None if not frozen else whole.base)
     assert_equal(state(stored), state(whole), rtol=0, atol=0)
 

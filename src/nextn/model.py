@@ -32,6 +32,8 @@ class MultiTokenOutput(ModelOutput):
         was not computed. With a trimmed output, over the targets that it can name.
     depth_accuracies: share of targets that were the best token, by depth [n]; a target that a trimmed output cannot
         name counts as missed.
+    depth_overlaps: mean Σ min(p, q) by depth [n], which share of sampled drafts would stand; NaN where heads do not
+        follow the trunk's distribution.
     accepted: how many drafts from each position are the text's tokens, all earlier ones included [B, T]; -1 where
         there is no t+1 target. None while heads see only a share of the batch.
     """
@@ -40,6 +42,7 @@ class MultiTokenOutput(ModelOutput):
     logits: Tensor | None = None
     depth_losses: Tensor | None = None
     depth_accuracies: Tensor | None = None
+    depth_overlaps: Tensor | None = None
     accepted: Tensor | None = None
 
 
@@ -149,18 +152,20 @@ class MultiTokenModel(PreTrainedModel):
         if hidden is not None and self.weights[0]:
             depths[1] = Depth(hidden, targets, self.weights[0])
         losses = labels.new_full((n,), torch.nan, dtype=torch.float32)
-        accuracies, total, hits = losses.clone(), losses.new_zeros(()), dict[int, Tensor]()
+        accuracies, overlaps, total, hits = losses.clone(), losses.clone(), losses.new_zeros(()), dict[int, Tensor]()
         for output, objective, members in self._passes(sorted(depths)):
             found = depth_losses(self.trunk, output, [depths[k] for k in members], objective)
             total = total + found.total
             for place, k in enumerate(members):
                 count = (depths[k].targets != IGNORE).sum().clamp(min=1)
-                losses[k - 1], accuracies[k - 1] = found.sums[place] / count, found.hits[place].sum() / count
+                losses[k - 1], overlaps[k - 1] = found.sums[place] / count, found.overlaps[place] / count
+                accuracies[k - 1] = found.hits[place].sum() / count
                 hits[k] = found.hits[place]
         return MultiTokenOutput(
             loss=total / (items if denominator is None else denominator),
             depth_losses=losses,
             depth_accuracies=accuracies,
+            depth_overlaps=overlaps,
             accepted=None if self.training and self.schedule.share < 1 else _leading(hits, targets, n),
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ class Trainer(transformers.Trainer):
 
     A checkpoint holds `nextn/` with the heads and, where the trunk is trained, the whole model in our layout, or the
     trunk's adapters. (The stock Trainer trains a MultiTokenModel as well, but resuming with it would silently leave the
-    heads as they are.) The log has loss and accuracy by depth; an evaluation also has `tau`, the tokens per step that
-    the heads would bring if the held-out text were the model's own.
+    heads as they are.) The log has loss and accuracy by depth, tokens a second and, where heads follow the trunk's
+    distribution, their overlap with it; an evaluation also has `tau`, the tokens per step that the heads would bring if
+    the held-out text were the model's own.
 
     Args:
         schedule: how weights change, and on what heads are trained; default: always the config's, on all.
@@ -41,7 +43,8 @@ class Trainer(transformers.Trainer):
     def __init__(self, *args: Any, schedule: ScheduleConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model.schedule = schedule or ScheduleConfig()
-        self._depths: list[tuple[Tensor, Tensor]] = []
+        self._depths: list[Tensor] = []  # loss, accuracy and overlap by depth of each batch since the last log [3, n]
+        self._tokens, self._since = 0, time.monotonic()
         self._accepted: list[int] = []
         self.add_callback(_Scheduled(self.model))
 
@@ -51,8 +54,9 @@ class Trainer(transformers.Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if isinstance(outputs, MultiTokenOutput) and outputs.depth_losses is not None:
             if model.training:
-                assert outputs.depth_accuracies is not None
-                self._depths.append((outputs.depth_losses, outputs.depth_accuracies))
+                figures = outputs.depth_losses, outputs.depth_accuracies, outputs.depth_overlaps
+                self._depths.append(torch.stack(figures))  # type: ignore[arg-type]
+                self._tokens += inputs["input_ids"].numel()
             elif outputs.accepted is not None:
                 self._accepted += simulated(outputs.accepted)
         return (loss, outputs) if return_outputs else loss
@@ -83,13 +87,14 @@ class Trainer(transformers.Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._depths and "loss" in logs:
-            losses, accuracies = (
-                torch.stack(figures).nanmean(dim=0).tolist() for figures in zip(*self._depths, strict=True)
-            )
-            self._depths.clear()
-            for depth, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True), start=1):
-                if loss == loss:  # depths that were not computed are NaN
-                    logs |= {f"loss_{depth}": round(loss, 4), f"accuracy_{depth}": round(accuracy, 4)}
+            figures = torch.stack(self._depths).nanmean(dim=0).tolist()  # depths that were not computed are NaN
+            for name, by_depth in zip(("loss", "accuracy", "overlap"), figures, strict=True):
+                for depth, value in enumerate(by_depth, start=1):
+                    if value == value:
+                        logs[f"{name}_{depth}"] = round(value, 4)
+            tokens, now = self._tokens * self.args.world_size, time.monotonic()
+            logs["tokens_per_second"] = round(tokens / max(now - self._since, 1e-9), 1)
+            self._depths, self._tokens, self._since = [], 0, now
         super().log(logs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
