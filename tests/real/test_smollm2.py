@@ -19,7 +19,7 @@ from nextn.distill import interleaved
 from nextn.evaluation.lossless import measure
 from nextn.formats.bundled import NAME, bundled_model, shipped_heads
 from nextn.formats.native import contents, load_base, load_tokenizer
-from nextn.training import AttachRecipe, attach_and_train
+from nextn.recipe import Recipe, train
 
 # Real prompts and answers lie beside the repository, or where NEXTN_DATA says; tests that need them skip without.
 DATA = Path(os.environ.get("NEXTN_DATA") or Path(__file__).parents[3] / "shared" / "data")
@@ -59,7 +59,8 @@ def parallel_heads(tmp_path_factory) -> Path:
     few = tmp_path_factory.mktemp("answers") / "few.jsonl"
     few.write_text("".join(answers.read_text().splitlines(keepends=True)[::8]))
     out = tmp_path_factory.mktemp("parallel")
-    attach_and_train(AttachRecipe(base=NAME, data=[few], out=out, heads="parallel", epochs=1, learning_rate=5e-4))
+    training = {"num_train_epochs": 1, "learning_rate": 5e-4}
+    train(Recipe(base=NAME, heads={"heads": "parallel"}, vocabulary=8192, data=[str(few)], training=training), out)
     return out
 
 
