@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from nextn.attention import chain_attention
 from nextn.config import Tap
 
 # Attention patterns that a buffer of full length can serve, and so can be rolled back.
@@ -91,6 +92,11 @@ class Trunk:
     def last_layer_type(self) -> str:
         return self.layer_types[-1]
 
+    @property
+    def is_eager(self) -> bool:
+        """Whether the host's attention is the eager one, past our interface."""
+        return self.config._attn_implementation == "eager"
+
     def window(self, layer_type: str) -> int | None:
         """How many keys a query of this layer type sees, itself included; None where it sees all."""
         return int(self.config.sliding_window) if layer_type == "sliding_attention" else None
@@ -114,12 +120,13 @@ class Trunk:
         Raises:
             HostError: where all layers of the host have experts.
         """
-        layer: Any = copy.deepcopy(self.layers[-1])
+        shared = {id(self.config): self.config}  # the config is not copied: it says which attention runs
+        layer: Any = copy.deepcopy(self.layers[-1], shared)
         if dense:
             plain = [each.mlp for each in self.layers if not hasattr(each.mlp, "experts")]
             if not plain:
                 raise HostError(f"{type(self.model).__name__} has experts in every layer; leave dense out.")
-            layer.mlp = copy.deepcopy(plain[-1])
+            layer.mlp = copy.deepcopy(plain[-1], shared)
         return layer.requires_grad_(True)
 
     def new_norm(self, like_final: bool = False) -> nn.Module:
@@ -215,7 +222,7 @@ class Trunk:
         Raises:
             HostError: for a host with eager attention, which does not go through the interface.
         """
-        if self.config._attn_implementation == "eager":
+        if self.is_eager:
             raise HostError("Heads that read the trunk's keys need attn_implementation='sdpa'.")
         caught: list[Any] = [None] * len(layers)
 
@@ -285,7 +292,7 @@ class Trunk:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _mask(self, visible: Tensor) -> Tensor:
-        if self.config._attn_implementation != "eager":
+        if not self.is_eager:
             return visible
         hidden_value = torch.finfo(self.dtype).min  # eager attention adds its mask
         return torch.zeros_like(visible, dtype=self.dtype).masked_fill(~visible, hidden_value)
@@ -313,6 +320,13 @@ def _grouped_sdpa(
         return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **kwargs)
     (rows, heads, length, _), shared = query.shape, key.shape[1]
     groups = heads // shared
+    if attention_mask.shape[-1] < key.shape[2]:  # a chain in training: keys past the mask are each query's own
+        keys, values = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        chained = None if dropout else chain_attention(query, keys, values, attention_mask, scale)
+        if chained is not None:
+            return chained.transpose(1, 2).contiguous(), None
+        attention_mask = with_own_keys(attention_mask, key.shape[2] // length - 1)
     fold = groups > 1 and groups * length <= 64
     if fold:
         query = query.reshape(rows, shared, groups * length, query.shape[3])
@@ -329,6 +343,12 @@ def _grouped_sdpa(
         enable_gqa=groups > 1 and query.shape[1] > key.shape[1],
     )
     return output.reshape(rows, heads, length, value.shape[3]).transpose(1, 2).contiguous(), None
+
+
+def with_own_keys(visible: Tensor, blocks: int) -> Tensor:
+    """A mask [B, 1, T, T] over the keys in common, and over blocks of T keys of which each query sees its own."""
+    own = torch.eye(visible.shape[-1], dtype=torch.bool, device=visible.device).expand_as(visible)
+    return torch.cat([visible] + [own] * blocks, dim=-1)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nextn.config import MultiTokenConfig
 from nextn.heads.base import Heads, Text, Window
-from nextn.trunk import ChainCache, RaggedCache, Trunk, VisibleFn
+from nextn.trunk import ChainCache, RaggedCache, Trunk, VisibleFn, with_own_keys
 
 
 class SequentialModule(nn.Module):
@@ -143,7 +143,8 @@ class RecurrentHeads(Heads):
         states, past = [self.read(hidden)], None  # the keys and values grow by one block of T entries a step
         for k in range(2, self.n + 1):
             chain = k - 2  # how many steps of its own chain this step can look back on
-            inputs = ahead(text.ids, k - 1), self._fed(states), text.positions + chain, self._chain_visible(text, chain)
+            visible = self._chain_visible(trunk, text, chain)
+            inputs = ahead(text.ids, k - 1), self._fed(states), text.positions + chain, visible
             state, past = self._run(self._train_step, trunk, *inputs, past)
             states.append(state)
         return [self._end(state) for state in states[1:]]
@@ -181,14 +182,16 @@ class RecurrentHeads(Heads):
         return torch.where(noisy[..., None], other, newest)
 
     @staticmethod
-    def _chain_visible(text: Text, chain: int) -> VisibleFn:
-        """The keys of a step: [step-1 entries up to the anchor | the anchor's own chain], [B, 1, T, (chain+1)·T]."""
+    def _chain_visible(trunk: Trunk, text: Text, chain: int) -> VisibleFn:
+        """Which keys a step sees: the step-1 entries up to the anchor [B, 1, T, T]; the anchor's own chain goes unsaid.
+
+        Eager attention, which knows nothing of chains, is told of it: [B, 1, T, (chain + 1) · T].
+        """
         anchored = text.visible()
 
         def visible(window: int | None) -> Tensor:
             past = anchored(None if window is None else window - chain)
-            own = torch.eye(past.shape[-1], dtype=torch.bool, device=past.device).expand_as(past)
-            return torch.cat([past] + [own] * chain, dim=-1)
+            return with_own_keys(past, chain) if trunk.is_eager else past
 
         return visible
 
