@@ -24,7 +24,7 @@ class ScriptedDrafter:
         self.texts, self.drafts, self.wrong_from = texts, drafts, wrong_from
         self.calls = 0
 
-    def begin(self, rows: int, capacity: int) -> None:
+    def begin(self, cache) -> None:
         self.text_of: dict[int, list[int]] = {}
 
     def propose(self, hidden, positions, following, last, rows):
@@ -104,9 +104,9 @@ def drafts_from_scratch(model, prefix: list[int]) -> list[int]:
 class Watcher(HeadDrafter):
     """Drafts as heads do and notes, for every row, the text so far (pending token included) and its drafts."""
 
-    def begin(self, rows: int, capacity: int) -> None:
-        super().begin(rows, capacity)
-        self.texts: list[list[int]] = [[] for _ in range(rows)]
+    def begin(self, cache) -> None:
+        super().begin(cache)
+        self.texts: list[list[int]] = [[] for _ in range(cache.rows)]
         self.seen: list[tuple[list[int], list[int]]] = []
 
     def propose(self, hidden, positions, following, last, rows):
