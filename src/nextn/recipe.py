@@ -249,16 +249,23 @@ def train(recipe: Recipe, out: str | Path, say: Say = print) -> MultiTokenModel:
 def summary(history: list[dict[str, Any]], n: int) -> Table:
     """Loss and accuracy by depth at the start and at the end of a training, and the estimated τ where there is one."""
     logged = [entry for entry in history if "loss" in entry]
-    table = Table(title="loss and accuracy by depth", title_justify="left")
-    for column in ("step", "loss", *(f"t+{depth}" for depth in range(1, n + 1)), "τ, estimated"):
-        table.add_column(column, justify="right")
-    for entry in (logged[:1] + logged[-1:])[: len(logged)]:
+    shown = logged[:1] + logged[1:][-1:]
+    taus = [entry["eval_tau"] for entry in history if "eval_tau" in entry]
+    title = "loss and accuracy" + (f", τ estimated on held-out text: {taus[-1]:.2f}" if taus else "")
+    table = Table(title=title, title_justify="left")
+    table.add_column("token")
+    for entry in shown:
+        table.add_column(f"step {entry['step']}", justify="right")
+        table.add_column("", justify="right")
+    for depth in range(1, n + 1):
         cells = [
-            f"{entry[f'loss_{depth}']:.3f} {entry[f'accuracy_{depth}']:.0%}" if f"loss_{depth}" in entry else "–"
-            for depth in range(1, n + 1)
+            (f"{entry[f'loss_{depth}']:.3f}", f"{entry[f'accuracy_{depth}']:.0%}")
+            if f"loss_{depth}" in entry
+            else ("–", "–")
+            for entry in shown
         ]
-        taus = [each["eval_tau"] for each in history if "eval_tau" in each and each["step"] <= entry["step"]]
-        table.add_row(str(entry["step"]), f"{entry['loss']:.3f}", *cells, f"{taus[-1]:.2f}" if taus else "–")
+        table.add_row(f"t+{depth}", *(cell for pair in cells for cell in pair))
+    table.add_row("all", *(cell for entry in shown for cell in (f"{entry['loss']:.3f}", "")))
     return table
 
 
