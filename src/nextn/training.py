@@ -228,7 +228,7 @@ class WithTrunkStates(Dataset):
     """
 
     def __init__(self, blocks: PackedBlocks, model: MultiTokenModel, path: Path) -> None:
-        self.blocks, self.model, self.path = blocks, model, path
+        self.blocks, self.model = blocks, model
         shape = (len(blocks), blocks.length, model.heads.hidden_width)
         self.states = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=model.trunk.dtype).view(
             shape

@@ -164,7 +164,9 @@ class Trunk:
                 past_key_values=cache,
                 use_cache=cache is not None,
             ).last_hidden_state
-        return hidden, torch.cat(list(caught), dim=-1) if caught else hidden
+        if len(caught) > 1:
+            return hidden, torch.cat(caught, dim=-1)
+        return hidden, caught[0] if caught else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden after the final norm [..., D] -> the host's own logits [..., V]."""
@@ -175,16 +177,20 @@ class Trunk:
     ) -> Tensor:
         """One decoder layer of the host's last kind over states [B, T, D] at positions [B, T]."""
         positions = positions.clamp(min=0)
-        kind = (self.last_layer_type,) if self._rotary_by_type else ()
         with _attending(self.config):
             output = layer(
                 states,
                 attention_mask=self._mask(visible(self.window(self.last_layer_type))),
                 position_ids=positions,
                 past_key_values=cache,
-                position_embeddings=self.decoder.rotary_emb(states, positions, *kind),
+                position_embeddings=self._angles(states, positions, self.last_layer_type),
             )
         return output[0] if isinstance(output, tuple) else output
+
+    def _angles(self, states: Tensor, positions: Tensor, layer_type: str) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the host's rotation at positions [B, T], in the dtype of states: [B, T, R] each."""
+        kind = (layer_type,) if self._rotary_by_type else ()
+        return self.rotary(states, positions, *kind)
 
     def attending(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function that runs with our attention; for what is computed again after a forward ended."""
@@ -257,8 +263,7 @@ class Trunk:
 
         Where the host rotates a part only, that is the first one.
         """
-        kind = (layer_type,) if self._rotary_by_type else ()
-        cos, sin = self.decoder.rotary_emb(states, positions.clamp(min=0), *kind)  # [B, T, R]
+        cos, sin = self._angles(states, positions.clamp(min=0), layer_type)  # [B, T, R]
         part, rest = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
         first, second = part.chunk(2, dim=-1)
         turned = part * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
@@ -275,7 +280,7 @@ class Trunk:
         kind = self.last_layer_type
         states = torch.linspace(-1, 1, heads * 3 * width, device=self.device).view(1, heads, 3, width)
         positions = torch.arange(3, device=self.device)[None]
-        cos, sin = self.decoder.rotary_emb(states, positions, *((kind,) if self._rotary_by_type else ()))
+        cos, sin = self._angles(states, positions, kind)
         theirs = getattr(sys.modules[type(self.attention(-1)).__module__], "apply_rotary_pos_emb", None)
         if theirs is None or not torch.allclose(
             theirs(states, states, cos, sin)[0], self.rotate(states, positions, kind), atol=1e-3
