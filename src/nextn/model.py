@@ -131,9 +131,9 @@ class MultiTokenModel(PreTrainedModel):
     def _run_trunk(self, text: Text) -> tuple[Tensor, Tensor]:
         """The trunk's last state and the tapped one; keys and values that heads read are put into the text."""
         if not self.heads.reads:
-            return self.trunk.run(text.ids, text.positions, text.visible(), tap=self.heads.tap)
+            return self.trunk.run(text.ids, text.positions, text.visible, tap=self.heads.tap)
         with self.trunk.capturing(self.heads.reads) as text.trunk_kv:
-            return self.trunk.run(text.ids, text.positions, text.visible(), tap=self.heads.tap)
+            return self.trunk.run(text.ids, text.positions, text.visible, tap=self.heads.tap)
 
     @torch.no_grad()
     def trunk_states(
@@ -141,7 +141,7 @@ class MultiTokenModel(PreTrainedModel):
     ) -> Tensor:
         """The state that the heads read, of a frozen trunk [B, T, D]."""
         text = as_text(input_ids, attention_mask, position_ids)
-        return self.trunk.run(text.ids, text.positions, text.visible(), tap=self.heads.tap)[1]
+        return self.trunk.run(text.ids, text.positions, text.visible, tap=self.heads.tap)[1]
 
     def _loss(
         self, text: Text, hidden: Tensor | None, tapped: Tensor, labels: Tensor, denominator: Tensor | int | None

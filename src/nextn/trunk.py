@@ -397,10 +397,10 @@ def causal(
     """
 
     def visible(window: int | None) -> Tensor:
-        distance = queries.clamp(min=0)[:, :, None] - keys[:, None, :]  # [B, T, S]
-        seen = distance >= 0
+        at, stored = queries.clamp(min=0)[:, :, None], keys[:, None, :]
+        seen = stored <= at  # [B, T, S]
         if window is not None:
-            seen &= distance < window
+            seen &= stored > at - window
         if query_documents is not None and key_documents is not None:
             seen &= query_documents[:, :, None] == key_documents[:, None, :]
         return seen[:, None]

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nextn.config import ConfigError, MultiTokenConfig, Tap
 from nextn.output import Output, best, build_output
-from nextn.trunk import RaggedCache, Trunk, VisibleFn, causal
+from nextn.trunk import RaggedCache, Trunk, causal
 
 
 @dataclass
@@ -47,10 +47,13 @@ class Text:
     positions: Tensor
     documents: Tensor
     trunk_kv: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _visible: dict[int | None, Tensor] = field(default_factory=dict)  # by window: the trunk and all heads ask for it
 
-    def visible(self) -> VisibleFn:
-        """Causal within documents."""
-        return causal(self.positions, self.positions, self.documents, self.documents)
+    def visible(self, window: int | None) -> Tensor:
+        """Which tokens each token sees [B, 1, T, T]: causal within documents, within a window."""
+        if window not in self._visible:
+            self._visible[window] = causal(self.positions, self.positions, self.documents, self.documents)(window)
+        return self._visible[window]
 
     def rows(self, chosen: Tensor) -> Text:
         """Some rows of the batch [R]."""

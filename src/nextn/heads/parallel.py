@@ -34,7 +34,7 @@ class ParallelHeads(Heads):
         self.cache_count = self.n - 1 if self.layered else 0
 
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
-        visible, hidden = text.visible(), self.read(hidden)
+        visible, hidden = text.visible, self.read(hidden)
 
         def run(place: int, state: Tensor) -> Tensor:
             layer = self.layers[place]

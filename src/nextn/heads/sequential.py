@@ -58,11 +58,11 @@ class SequentialModule(nn.Module):
         gram = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
         moments = torch.zeros(width, trunk.width, dtype=torch.float64, device=weight.device)
         for part in text.split(rows=8):
-            hidden, into_last = trunk.run(part.ids, part.positions, part.visible(), tap="before_last_layer")
+            hidden, into_last = trunk.run(part.ids, part.positions, part.visible, tap="before_last_layer")
             if heads.tap == "before_last_layer":
                 hidden = into_last
             elif heads.tap != "post_norm":
-                hidden = heads.read(trunk.run(part.ids, part.positions, part.visible(), tap=heads.tap)[1])
+                hidden = heads.read(trunk.run(part.ids, part.positions, part.visible, tap=heads.tap)[1])
             next_in_document = (part.documents[:, 1:] == part.documents[:, :-1]) & (part.documents[:, 1:] >= 0)
             fused = self.fuse(trunk.embedding(part.ids).to(hidden.dtype)[:, 1:], hidden[:, :-1])
             inputs = fused[next_in_document].double()  # [N, 2D]
@@ -96,7 +96,7 @@ class DistinctHeads(Heads):
             module.load_state_dict(first.state_dict())
 
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
-        visible = text.visible()
+        visible = text.visible
         states, state = [], self.read(hidden)
         for k, module in enumerate(self.steps, start=2):
             state = self._run(module, trunk, ahead(text.ids, k - 1), state, text.positions, visible)
@@ -187,10 +187,9 @@ class RecurrentHeads(Heads):
 
         Eager attention, which knows nothing of chains, is told of it: [B, 1, T, (chain + 1) · T].
         """
-        anchored = text.visible()
 
         def visible(window: int | None) -> Tensor:
-            past = anchored(None if window is None else window - chain)
+            past = text.visible(None if window is None else window - chain)
             return with_own_keys(past, chain) if trunk.is_eager else past
 
         return visible

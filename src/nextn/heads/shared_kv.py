@@ -89,7 +89,7 @@ class SharedKVHeads(Heads):
         return config.drafter_width or trunk.width // 2
 
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
-        states, state, visible = [], self.read(hidden), text.visible()
+        states, state, visible = [], self.read(hidden), text.visible
         for k in range(2, self.n + 1):
             seen = [visible] * len(self.reads)
             inputs = ahead(text.ids, k - 1), state, text.positions, seen, text.trunk_kv
