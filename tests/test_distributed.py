@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -15,8 +16,11 @@ from conftest import make_host, make_tokenizer
 
 
 # An unembedding of its own, and one tied to the embedding; trunk and heads together, and heads alone.
-@pytest.mark.parametrize(("family", "frozen"), [("llama", False), ("qwen3", False), ("llama", True)])
-def test_two_processes_train_what_one_does(family, frozen, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "frozen", "stored"),
+    [("llama", False, "FULL_STATE_DICT"), ("qwen3", False, "SHARDED_STATE_DICT"), ("llama", True, "SHARDED_STATE_DICT")],
+)
+def test_two_processes_train_what_one_does(family, frozen, stored, tmp_path):
     base = tmp_path / "base"
     make_host(family).save_pretrained(base)
     make_tokenizer().save_pretrained(base)
@@ -33,6 +37,7 @@ def test_two_processes_train_what_one_does(family, frozen, tmp_path):
             "per_device_train_batch_size": 4,
             "learning_rate": 1e-3,
             "warmup_steps": 0,
+            "save_steps": 2,
             "bf16": False,
             "use_cpu": True,
         },
@@ -48,13 +53,18 @@ def test_two_processes_train_what_one_does(family, frozen, tmp_path):
         "two": [
             "--set=training.per_device_train_batch_size=2",
             "--set=training.fsdp=true",
-            f"--set=training.fsdp_config={json.dumps(sharded | {'state_dict_type': 'FULL_STATE_DICT'})}",
+            f"--set=training.fsdp_config={json.dumps(sharded | {'state_dict_type': stored})}",
         ],
     }
-    for name, launch in launches.items():
-        command = [*launch, "nextn.cli", "train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / name)]
+
+    def run(name: str, out: str) -> str:
+        command = [*launches[name], "nextn.cli", "train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / out)]
         done = subprocess.run([*command, *options[name]], capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    run("one", "one")
+    run("two", "two")
     for file in ["nextn/heads.safetensors"] if frozen else ["model.safetensors", "nextn/heads.safetensors"]:
         one, two = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)
         assert one.keys() == two.keys()
@@ -62,6 +72,13 @@ def test_two_processes_train_what_one_does(family, frozen, tmp_path):
             # heads of a frozen base are stored in bfloat16, under FSDP in float32
             bounds = {"rtol": 2**-7, "atol": 1e-3} if frozen else {"rtol": 0, "atol": 1e-4}
             torch.testing.assert_close(one[tensor].to(two[tensor].dtype), two[tensor], msg=tensor, **bounds)
+    resumed = tmp_path / "resumed"  # killed after step 2
+    shutil.copytree(tmp_path / "two" / "checkpoint-2", resumed / "checkpoint-2")
+    shutil.copy(tmp_path / "two" / "recipe.json", resumed)
+    assert "going on from" in run("two", "resumed")
+    whole = load_file(tmp_path / "two" / "nextn" / "heads.safetensors")
+    for name, tensor in load_file(resumed / "nextn" / "heads.safetensors").items():
+        assert torch.equal(tensor, whole[name]), name
     if frozen:
         return
     moved = load_file(tmp_path / "two" / "model.safetensors")

@@ -103,6 +103,13 @@ class Trainer(transformers.Trainer):
 
     # --- checkpoints ------------------------------------------------------------------------------------------
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write our layout, whatever shape FSDP's own files have."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
@@ -150,11 +157,9 @@ class Trainer(transformers.Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            raise ConfigError(
-                f"Going on from {resume_from_checkpoint} under FSDP is not supported yet; start anew in another "
-                "directory."
-            )
+        if self.is_fsdp_enabled:  # accelerate wrote all parameters, heads included, and hands out the shards
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         model, base = self.model, self.model.base
         if model.multi_token.freeze_trunk:
             pass
