@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from nextn.data import byte_tokenizer
 from nextn.evaluation.acceptance import Acceptance
 from nextn.evaluation.report import machine, percent
 from nextn.model import MultiTokenModel
-from nextn.recipe import from_scratch
+from nextn.scratch import from_scratch
 
 TURN = 10  # steps that one model takes before the other one does
 PLAIN = {"heads": "parallel", "head": "linear", "n": 2, "weights": {"preset": "list", "values": [1.0, 0.0]}}
@@ -40,12 +41,17 @@ PLAIN = {"heads": "parallel", "head": "linear", "n": 2, "weights": {"preset": "l
 
 @dataclass
 class Contender:
-    """A model in training, the time it took, and what it was worth on the way (seconds, steps, bits per byte)."""
+    """A model in training, the time of its steps, and what it was worth on the way (seconds, steps, bits per byte)."""
 
     model: MultiTokenModel
     optimizer: torch.optim.Optimizer
-    seconds: float = 0.0
+    times: list[float] = field(default_factory=list)
     curve: list[tuple[float, int, float]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """The median of a step, as often as there were steps: what else the machine did now and then does not count."""
+        return statistics.median(self.times) * len(self.times)
 
 
 def contender(heads: dict[str, Any], layers: int, width: int, rate: float) -> Contender:
@@ -75,7 +81,7 @@ def step(each: Contender, ids: Tensor, rate: float) -> None:
     torch.nn.utils.clip_grad_norm_(each.model.parameters(), 1.0)
     each.optimizer.step()
     each.optimizer.zero_grad(set_to_none=True)
-    each.seconds += time.perf_counter() - start
+    each.times.append(time.perf_counter() - start)
 
 
 def crops(text: Tensor, rows: int, length: int, generator: torch.Generator) -> Tensor:

@@ -44,7 +44,7 @@ def main(
     model.heads.float()
     torch.manual_seed(0)
     ids = torch.randint(0, vocabulary or model.trunk.vocab_size, (batch, length), device=device)
-    states = model.trunk_states(ids)
+    kept = model.trunk_outputs(ids)
 
     def attached(**given: torch.Tensor) -> None:
         model.zero_grad(set_to_none=True)
@@ -53,9 +53,9 @@ def main(
         loss.backward()
 
     functions: dict[str, Callable[[], object]] = {
-        "trunk, forward": lambda: model.trunk_states(ids),
+        "trunk, forward": lambda: model.trunk_outputs(ids),
         "attached": attached,
-        "attached, states kept": lambda: attached(trunk_states=states),
+        "attached, states kept": lambda: attached(**kept),
     }
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in track(range(steps + 2), "measuring"):

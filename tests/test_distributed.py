@@ -14,11 +14,17 @@ from safetensors.torch import load_file
 
 from conftest import make_host, make_tokenizer
 
+FULL, SHARDED = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
+
 
 # An unembedding of its own, and one tied to the embedding; trunk and heads together, and heads alone.
 @pytest.mark.parametrize(
     ("family", "frozen", "stored"),
-    [("llama", False, "FULL_STATE_DICT"), ("qwen3", False, "SHARDED_STATE_DICT"), ("llama", True, "SHARDED_STATE_DICT")],
+    [
+        ("llama", False, "FULL_STATE_DICT"),
+        ("qwen3", False, "SHARDED_STATE_DICT"),
+        ("llama", True, "SHARDED_STATE_DICT"),
+    ],
 )
 def test_two_processes_train_what_one_does(family, frozen, stored, tmp_path):
     base = tmp_path / "base"

@@ -12,6 +12,7 @@ from conftest import MORE_KINDS, VOCAB, make_host
 from nextn.config import ObjectiveConfig, ScheduleConfig
 from nextn.losses import IGNORE, Depth, depth_losses, targets_at
 from nextn.output import SharedOutput, TrimmedOutput
+from nextn.teachers import TopTokens, TrunkStates
 from nextn.trunk import Trunk
 
 
@@ -106,7 +107,7 @@ def plain_objective(z, target, p, p_named, follows, temperature):
     if follows == "text":
         return -z.log_softmax(-1)[target]
     log_q = (z / temperature).log_softmax(-1)
-    divergence = (p_named * (p_named.log() - log_q)).sum() * temperature**2
+    divergence = (torch.xlogy(p_named, p_named) - p_named * log_q).sum() * temperature**2
     overlap = torch.minimum(p_named, log_q.exp()).sum()
     share = {"kl": 1.0, "tv": 0.0, "lk": (-3 * overlap.detach()).exp()}[follows]
     return share * divergence + (1 - share) * (1 - overlap)
@@ -116,8 +117,8 @@ def plain_objective(z, target, p, p_named, follows, temperature):
 @pytest.mark.parametrize(
     ("follows", "temperature"), [("text", 1.0), ("kl", 1.0), ("kl", 2.0), ("tv", 1.0), ("tv", 0.7), ("lk", 1.0)]
 )
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_objectives_and_their_gradients_equal_autograd(follows, temperature, kept, wrapped):
+@pytest.mark.parametrize(("wrapped", "top"), [(False, None), (True, None), (False, 7)])
+def test_objectives_and_their_gradients_equal_autograd(follows, temperature, kept, wrapped, top):
     host = make_host("llama").double()
     if wrapped:  # as an adapter wraps it: no plain Linear any more
         host.lm_head = Wrapped(host.lm_head)
@@ -133,7 +134,9 @@ def test_objectives_and_their_gradients_equal_autograd(follows, temperature, kep
     teachers = [drawn(2, 9, trunk.width) for _ in range(2)]
     states = [drawn(2, 9, trunk.width).requires_grad_() for _ in range(2)]
     weight = trunk.unembedding.weight
-    depths = [Depth(states[i], targets[i], w, teachers[i]) for i, w in enumerate((0.7, 0.3))]
+    of_states = [TrunkStates(each) for each in teachers]
+    of_top = [_top(each @ weight.detach().T / temperature, top) for each in teachers] if top else []
+    depths = [Depth(states[i], targets[i], w, (of_top or of_states)[i]) for i, w in enumerate((0.7, 0.3))]
     objective = ObjectiveConfig(follows=follows, temperature=temperature)
     found = depth_losses(trunk, output, depths, objective, chunk=4)
     ours = torch.autograd.grad(found.total * 0.5, [*states, weight])
@@ -144,6 +147,8 @@ def test_objectives_and_their_gradients_equal_autograd(follows, temperature, kep
             for t in range(9):
                 target, z = int(targets[i][row, t]), states[i][row, t] @ weight.T
                 p = (teachers[i][row, t] @ weight.T / temperature).softmax(-1).detach()
+                if top:
+                    p = torch.where(p >= p.topk(top).values[-1], p, 0.0)
                 named = slice(None) if kept is None else output.kept.long()
                 hits.append(int(z[named].argmax()) == target)
                 if target == IGNORE or (follows == "text" and kept is not None and target >= kept):
@@ -156,6 +161,23 @@ def test_objectives_and_their_gradients_equal_autograd(follows, temperature, kep
     assert found.hits.flatten().tolist() == hits
     if follows != "text":
         torch.testing.assert_close(found.overlaps.tolist(), overlaps)
+
+
+def _top(scaled, k):
+    """In double precision, where `TopTokens.of` stores half."""
+    log_probs, tokens = scaled.log_softmax(-1).topk(k)
+    return TopTokens(tokens, log_probs)
+
+
+def test_top_tokens_are_those_of_the_softmax_and_its_probabilities():
+    trunk = Trunk(make_host("llama"))
+    hidden = torch.randn(2, 5, trunk.width) * 30
+    logits = trunk.logits(hidden).detach()
+    top, p = TopTokens.of(trunk, hidden, 8, 1.5), (logits / 1.5).softmax(-1)
+    torch.testing.assert_close(top.log_probs.float().exp(), p.gather(-1, top.tokens.long()), rtol=5e-3, atol=1e-6)
+    assert (top.log_probs[..., 1:] <= top.log_probs[..., :-1]).all()
+    assert torch.equal(top.tokens[..., 0].long(), logits.argmax(-1))
+    assert torch.equal(top.ahead(2).tokens[:, 0], top.tokens[:, 2])
 
 
 class Wrapped(torch.nn.Module):

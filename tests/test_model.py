@@ -71,8 +71,26 @@ def test_a_saved_model_is_a_plain_model_plus_a_small_extra(trained_model, tmp_pa
 def test_kept_trunk_states_give_the_same_loss():
     model = nextn.attach(make_host("llama"), nextn.MultiTokenConfig(n=3, recurrent=True)).train()
     ids = torch.randint(3, 60, (2, 16))
-    kept = model.trunk_states(ids)
-    torch.testing.assert_close(model(ids, labels=ids, trunk_states=kept).loss, model(ids, labels=ids).loss)
+    kept = model.trunk_outputs(ids)
+    torch.testing.assert_close(model(ids, labels=ids, **kept).loss, model(ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("tap", ["post_norm", "pre_norm"])
+def test_kept_top_tokens_give_nearly_the_same_loss(tap):
+    config = nextn.MultiTokenConfig(n=3, recurrent=True, tap=tap, objective={"follows": "kl", "temperature": 1.5})
+    model = nextn.attach(make_host("llama"), config).train()
+    ids = torch.randint(3, 60, (2, 16))
+    exact, vocabulary = model(ids, labels=ids).loss, model.trunk.vocab_size
+    everything = model(ids, labels=ids, **model.trunk_outputs(ids, top_k=vocabulary)).loss
+    torch.testing.assert_close(
+        everything, exact, rtol=2e-3, atol=2e-3
+    )  # log-probabilities are stored in half precision
+    few = model.trunk_outputs(ids, top_k=5)
+    assert few["top_tokens"].shape == (2, 16, 5)
+    assert (model(ids, labels=ids, **few).loss - exact).abs() > 1e-2, "what is left out must show"
+    if tap != "post_norm":
+        with pytest.raises(ValueError, match="top_tokens"):
+            model(ids, labels=ids, **model.trunk_outputs(ids))
 
 
 def test_training_goes_on_after_decoding():

@@ -20,7 +20,8 @@ from nextn.cli import app
 from nextn.config import ConfigError
 from nextn.data import DataError, byte_tokenizer
 from nextn.formats import FormatError
-from nextn.recipe import Recipe, from_scratch, train
+from nextn.recipe import Recipe, train
+from nextn.scratch import from_scratch
 
 SHAPE = {
     name: COMMON[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -63,8 +64,10 @@ def assert_equal(ours, theirs, **bounds) -> None:
 
 
 def test_kept_trunk_states_change_nothing(attached, tmp_path):
-    kept = train(Recipe(**attached), tmp_path / "kept")
-    assert not list(tmp_path.glob("kept/trunk_states.*")), "the states are removed at the end"
+    said = []
+    kept = train(Recipe(**attached), tmp_path / "kept", say=said.append)
+    assert any("outputs are kept" in str(each) for each in said)
+    assert not list(tmp_path.glob("kept/trunk_outputs*")), "they are removed at the end"
     fresh = train(Recipe(**attached, max_states_gb=0.0), tmp_path / "fresh")
     assert_equal(state(kept.heads), state(fresh.heads), rtol=0, atol=0)
 

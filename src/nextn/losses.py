@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nextn.config import ObjectiveConfig
 from nextn.output import Output, best
+from nextn.teachers import Distribution, Teacher, at_least_float32
 from nextn.trunk import Trunk
 
 IGNORE = -100
@@ -52,14 +53,13 @@ class Depth:
     states: [B, T, D], ready for the output.
     targets: token ids [B, T], -100 for none.
     weight: w_k.
-    teacher: the trunk's own states [B, T, D] whose next token is the target: its hidden of t+k-1 at place t. For
-        objectives that follow the trunk's distribution.
+    teacher: what the trunk says the target is, its word of t+k-1 at place t; for objectives that follow it.
     """
 
     states: Tensor
     targets: Tensor
     weight: float
-    teacher: Tensor | None = None
+    teacher: Teacher | None = None
 
 
 @dataclass
@@ -99,15 +99,18 @@ def depth_losses(
     distinct = {id(depth.states): depth.states for depth in depths}  # depths that read one tensor share its gradient
     states = [output.prepare(trunk, each).flatten(0, 1) for each in distinct.values()]
     reads = [list(distinct).index(id(depth.states)) for depth in depths]
-    teachers = [None if depth.teacher is None else depth.teacher.flatten(0, 1) for depth in depths]
     module = output.projection(trunk)
     project = module.forward
     # Inside its own forward the module cannot be called once more.
     unembed = project if module is trunk.unembedding else trunk.unembedding
+    teachers = [
+        None if each.teacher is None else each.teacher.distribution(trunk, output, unembed, objective.temperature)
+        for each in depths
+    ]
     weights = [depth.weight for depth in depths]
     whole = objective.follows != "text" or not _is_plain_linear(module)  # logits of all tokens are made
     chunk = chunk or max(1, CHUNK // (trunk.vocab_size if whole else output.size(trunk)))
-    plan = _Plan(weights, reads, aimed, teachers, _teacher(unembed, trunk.dtype, output.kept), objective, chunk)
+    plan = _Plan(weights, reads, aimed, teachers, objective, chunk)
     through = _through_table if _is_plain_linear(module) else _through_module
     with _forward_is(module, lambda *given: through(module, project, output.rows, plan, *given)):
         total, sums, overlaps, hits = module(*states)
@@ -123,16 +126,6 @@ def _aimed(output: Output, depth: Depth, objective: ObjectiveConfig) -> Tensor:
     if objective.follows != "text":
         targets = torch.where((targets == IGNORE) & (depth.targets != IGNORE), torch.iinfo(torch.int32).max, targets)
     return targets.flatten()
-
-
-def _teacher(unembed: Project, dtype: torch.dtype, kept: Tensor | None) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """From trunk states [C, D] to the trunk's logits of what the output can name [C, V'] and of all tokens [C, V]."""
-
-    def logits(states: Tensor) -> tuple[Tensor, Tensor]:
-        whole = _wide(unembed(states.to(dtype)))
-        return (whole if kept is None else whole[:, kept.long()]), whole
-
-    return logits
 
 
 @contextmanager
@@ -158,13 +151,12 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 @dataclass
 class _Plan:
-    """What goes through one table: weight, state, targets [N] and trunk states of each depth; and how."""
+    """What goes through one table: weight, state, targets [N] and teacher of each depth; and how."""
 
     weights: list[float]
     reads: list[int]
     targets: list[Tensor]
-    teachers: list[Tensor | None]
-    teacher: Callable[[Tensor], tuple[Tensor, Tensor]]
+    teachers: list[Distribution | None]
     objective: ObjectiveConfig
     chunk: int
 
@@ -187,7 +179,7 @@ class _Plan:
         teacher = self.teachers[place]
         assert teacher is not None
         with torch.no_grad():
-            p = _distribution(*self.teacher(teacher[rows]), self.objective.temperature)
+            p = teacher(rows)
         loss, overlap = _follow(logits, p, self.objective)
         return _Judged(loss, hits, overlap, logits)
 
@@ -211,13 +203,6 @@ def _text(logits: Tensor, targets: Tensor, largest: Tensor) -> Tensor:
     loss = (top - logits.gather(1, largest[:, None]).log() - picked).sum()
     logits.scatter_add_(1, targets[:, None], logits.new_full((len(targets), 1), -1.0))
     return loss
-
-
-def _distribution(named: Tensor, whole: Tensor, temperature: float) -> Tensor:
-    """softmax(whole / temperature), at the tokens that can be named: [C, V'], summing to 1 or less."""
-    if temperature != 1.0:
-        named, whole = named / temperature, whole / temperature
-    return (named - torch.logsumexp(whole, dim=-1, keepdim=True)).exp_()
 
 
 def _follow(logits: Tensor, p: Tensor, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
@@ -249,11 +234,6 @@ def _follow(logits: Tensor, p: Tensor, objective: ObjectiveConfig) -> tuple[Tens
     gradient = q * (share * temperature * mass + slope * (inside - below.to(q.dtype))) - share * temperature * p
     logits.copy_(gradient)
     return loss, overlap.sum()
-
-
-def _wide(logits: Tensor) -> Tensor:
-    """At least float32, and memory of its own."""
-    return logits.float() if logits.itemsize < 4 else logits
 
 
 # --- projections ---------------------------------------------------------------------------------------------------
@@ -361,7 +341,7 @@ class _Judge(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, place: int, rows: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        judged = plan.judge(place, rows, _wide(logits.clone() if logits.itemsize >= 4 else logits))
+        judged = plan.judge(place, rows, at_least_float32(logits.clone() if logits.itemsize >= 4 else logits))
         ctx.save_for_backward(judged.gradient.to(logits.dtype))
         ctx.mark_non_differentiable(judged.overlap, judged.hits)
         return judged.loss, judged.overlap, judged.hits

@@ -19,6 +19,7 @@ from nextn.heads import build_heads
 from nextn.heads.base import Text
 from nextn.losses import IGNORE, Depth, depth_losses, targets_at
 from nextn.output import Output, SharedOutput
+from nextn.teachers import Teacher, TopTokens, TrunkStates
 from nextn.trunk import Trunk, check_logits
 
 
@@ -104,6 +105,8 @@ class MultiTokenModel(PreTrainedModel):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         trunk_states: Tensor | None = None,
+        top_tokens: Tensor | None = None,
+        top_log_probs: Tensor | None = None,
         **kwargs: Any,
     ) -> MultiTokenOutput:
         """The loss, or without labels the trunk's logits.
@@ -114,19 +117,20 @@ class MultiTokenModel(PreTrainedModel):
             position_ids: [B, T], starting again at 0 where a packed document begins.
             labels: [B, T] aligned with input_ids (not shifted), -100 where not trained on.
             num_items_in_batch: the denominator; without it the count of valid t+1 targets.
-            trunk_states: what `trunk_states` gave for this very batch [B, T, D], so that a frozen trunk need not run
-                again; head 1 then has no loss.
+            trunk_states, top_tokens, top_log_probs: what `trunk_outputs` gave for this very batch [B, T, D] and
+                [B, T, k], so that a frozen trunk need not run again; head 1 then has no loss.
         """
         text = as_text(input_ids, attention_mask, position_ids)
         if trunk_states is not None and self.heads.reads:
             raise ValueError("These heads read the trunk's keys and values: leave trunk_states out.")
         if trunk_states is not None and labels is not None:
-            return self._loss(text, None, trunk_states, labels, num_items_in_batch)
+            teacher = self._teacher(None, trunk_states, top_tokens, top_log_probs)
+            return self._loss(text, None, trunk_states, teacher, labels, num_items_in_batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.multi_token.freeze_trunk):
             hidden, tapped = self._run_trunk(text)
         if labels is None:
             return MultiTokenOutput(logits=self.trunk.logits(hidden))
-        return self._loss(text, hidden, tapped, labels, num_items_in_batch)
+        return self._loss(text, hidden, tapped, self._teacher(hidden), labels, num_items_in_batch)
 
     def _run_trunk(self, text: Text) -> tuple[Tensor, Tensor]:
         """The trunk's last state and the tapped one; keys and values that heads read are put into the text."""
@@ -136,19 +140,40 @@ class MultiTokenModel(PreTrainedModel):
             return self.trunk.run(text.ids, text.positions, text.visible, tap=self.heads.tap)
 
     @torch.no_grad()
-    def trunk_states(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-    ) -> Tensor:
-        """The state that the heads read, of a frozen trunk [B, T, D]."""
+    def trunk_outputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        top_k: int = 0,
+    ) -> dict[str, Tensor]:
+        """What a frozen trunk gives for a batch, for `forward` to take in place of running it again.
+
+        Args:
+            top_k: also its most probable tokens, so many a position, for heads that follow its distribution.
+
+        Returns:
+            trunk_states, which the heads read [B, T, D]; with top_k, top_tokens and top_log_probs [B, T, k].
+        """
         text = as_text(input_ids, attention_mask, position_ids)
-        return self.trunk.run(text.ids, text.positions, text.visible, tap=self.heads.tap)[1]
+        hidden, tapped = self.trunk.run(text.ids, text.positions, text.visible, tap=self.heads.tap)
+        if not top_k:
+            return {"trunk_states": tapped}
+        top = TopTokens.of(self.trunk, hidden, top_k, self.multi_token.objective.temperature)
+        return {"trunk_states": tapped, "top_tokens": top.tokens, "top_log_probs": top.log_probs}
 
     def _loss(
-        self, text: Text, hidden: Tensor | None, tapped: Tensor, labels: Tensor, denominator: Tensor | int | None
+        self,
+        text: Text,
+        hidden: Tensor | None,
+        tapped: Tensor,
+        teacher: Teacher | None,
+        labels: Tensor,
+        denominator: Tensor | int | None,
     ) -> MultiTokenOutput:
         n, targets = self.multi_token.n, targets_at(labels, text.documents, 1)
         items = (targets != IGNORE).sum().clamp(min=1)
-        depths = self._head_depths(text, hidden, tapped, labels) if any(self.weights[1:]) else {}
+        depths = self._head_depths(text, tapped, teacher, labels) if any(self.weights[1:]) else {}
         if hidden is not None and self.weights[0]:
             depths[1] = Depth(hidden, targets, self.weights[0])
         losses = labels.new_full((n,), torch.nan, dtype=torch.float32)
@@ -169,15 +194,15 @@ class MultiTokenModel(PreTrainedModel):
             accepted=None if self.training and self.schedule.share < 1 else _leading(hits, targets, n),
         )
 
-    def _head_depths(self, text: Text, hidden: Tensor | None, tapped: Tensor, labels: Tensor) -> dict[int, Depth]:
+    def _head_depths(self, text: Text, tapped: Tensor, teacher: Teacher | None, labels: Tensor) -> dict[int, Depth]:
         """What the heads bring to the loss, by depth; on a share of the batch where the schedule says so."""
         schedule = self.schedule if self.training else ScheduleConfig()
-        teachers, scale = self._teachers(hidden, tapped), 1.0
+        scale = 1.0
         if schedule.share < 1 and schedule.share_of == "sequences":
             whole = len(labels)
             rows = torch.randperm(whole, device=labels.device)[: max(1, round(schedule.share * whole))]
             text, tapped, labels = text.rows(rows), tapped[rows], labels[rows]
-            teachers, scale = [None if each is None else each[rows] for each in teachers], whole / len(rows)
+            teacher, scale = teacher and teacher.rows(rows), whole / len(rows)
         states = self.heads(self.trunk, tapped.to(next(self.heads.parameters()).dtype), text)
         depths = {}
         for k, state in enumerate(states, start=2):
@@ -186,7 +211,7 @@ class MultiTokenModel(PreTrainedModel):
                 left_out = torch.rand(targets.shape, device=targets.device) >= schedule.share
                 targets, scale = targets.masked_fill(left_out, IGNORE), 1 / schedule.share
             if self.weights[k - 1]:
-                depths[k] = Depth(state, targets, self.weights[k - 1] * scale, teachers[k - 2])
+                depths[k] = Depth(state, targets, self.weights[k - 1] * scale, teacher and teacher.ahead(k - 1))
         return depths
 
     def _passes(self, depths: list[int]) -> list[tuple[Output, ObjectiveConfig, list[int]]]:
@@ -198,14 +223,25 @@ class MultiTokenModel(PreTrainedModel):
             passes.setdefault((id(output), objective == text), (output, objective, []))[2].append(k)
         return list(passes.values())
 
-    def _teachers(self, hidden: Tensor | None, tapped: Tensor) -> list[Tensor | None]:
-        """The trunk's states, after its final norm, that predict the same tokens as depth 2 … n: [B, T, D] each."""
+    def _teacher(
+        self,
+        hidden: Tensor | None,
+        tapped: Tensor | None = None,
+        top_tokens: Tensor | None = None,
+        top_log_probs: Tensor | None = None,
+    ) -> Teacher | None:
+        """What the trunk says the next tokens are, from its last state [B, T, D] or from what is kept of it."""
         if self.multi_token.objective.follows == "text":
-            return [None] * (self.multi_token.n - 1)
-        if hidden is None and self.heads.tap != "post_norm":
-            raise ValueError("Heads that follow the trunk's distribution need its run: leave trunk_states out.")
-        states = (tapped if hidden is None else hidden).detach()
-        return [states.roll(-ahead, dims=1) for ahead in range(1, self.multi_token.n)]
+            return None
+        if top_tokens is not None and top_log_probs is not None:
+            return TopTokens(top_tokens, top_log_probs)
+        if hidden is None and self.heads.tap == "post_norm":
+            hidden = tapped
+        if hidden is None:
+            raise ValueError(
+                "Heads that follow the trunk's distribution need its run or its top_tokens: leave trunk_states out."
+            )
+        return TrunkStates(hidden.detach())
 
     # --- decoding ---------------------------------------------------------------------------------------------
 

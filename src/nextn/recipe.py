@@ -18,18 +18,19 @@ import transformers
 import yaml
 from pydantic import Field, model_validator
 from rich.table import Table
-from torch import nn
 from torch.utils.data import Dataset, default_collate
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nextn.adapters import add_adapters
 from nextn.config import ConfigError, MultiTokenConfig, ScheduleConfig, Strict
 from nextn.data import PackedBlocks, StreamedBlocks, byte_tokenizer, examples_of
 from nextn.formats import FormatError, native
 from nextn.formats.bundled import sha256
+from nextn.kept import KeptOutputs
 from nextn.model import MultiTokenModel, attach
 from nextn.output import TrimmedOutput, most_frequent
-from nextn.training import Trainer, WithTrunkStates, last_checkpoint
+from nextn.scratch import from_scratch
+from nextn.training import Trainer, last_checkpoint
 from nextn.trunk import context_length
 
 BYTES = "bytes"
@@ -59,6 +60,8 @@ class Recipe(Strict):
     lora: train adapters of the trunk rather than its weights: the arguments of `peft.LoraConfig`.
     max_states_gb: keep the states of a frozen trunk on disk while training, where more than one pass needs them and
         they take no more than this.
+    teacher_top_k: where they are kept and heads follow the trunk's distribution: keep its k most probable tokens of
+        each position with them, in place of making all logits anew for each depth in each epoch. The rest is left out.
     seed: of the order of the data, and of random weights.
     training: arguments of `transformers.TrainingArguments`, over the defaults of `Recipe.arguments`.
     """
@@ -77,6 +80,7 @@ class Recipe(Strict):
     schedule: ScheduleConfig = ScheduleConfig()
     lora: dict[str, Any] | None = None
     max_states_gb: float = Field(default=4.0, ge=0)
+    teacher_top_k: int = Field(default=0, ge=0)
     seed: int = 0
     training: dict[str, Any] = Field(default_factory=dict)
 
@@ -230,7 +234,7 @@ def train(recipe: Recipe, out: str | Path, say: Say = print) -> MultiTokenModel:
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=_with_states(training, model, recipe, arguments, out, say),
+        train_dataset=_with_outputs(training, model, recipe, arguments, out, say),
         eval_dataset=validation,
         data_collator=default_collate,  # blocks are of one length; the tokenizer's collator would take them apart
         processing_class=tokenizer,
@@ -240,7 +244,7 @@ def train(recipe: Recipe, out: str | Path, say: Say = print) -> MultiTokenModel:
     if validation is not None:
         trainer.evaluate()
     trainer.save_result(out, base_name=None if trained_on else recipe.base)
-    WithTrunkStates.forget(out)
+    KeptOutputs.forget(out)
     say(summary(trainer.state.log_history, model.multi_token.n))
     say(f"{'heads' if model.multi_token.freeze_trunk else 'model'} saved in {out}")
     return model.eval()
@@ -370,50 +374,6 @@ def _check_length(recipe: Recipe, base: PreTrainedModel) -> None:
         raise ConfigError(f"length is {recipe.length}, but the base reads {context} tokens.")
 
 
-def from_scratch(
-    shape: dict[str, Any], config: MultiTokenConfig, tokenizer: PreTrainedTokenizerBase
-) -> MultiTokenModel:
-    """A plain model of random weights and its heads, equal in size to the plain model that `shape` describes.
-
-    Args:
-        shape: a config in transformers' terms; the size of the vocabulary and special tokens come from the tokenizer.
-
-    Raises:
-        ConfigError: for a shape that transformers cannot build, or too few layers for the heads.
-    """
-    layered = config.heads == "parallel" and config.head == "transformer"
-    layers = shape["num_hidden_layers"] - (config.n - 1 if layered else 0)
-    if layers < 1:
-        raise ConfigError(
-            f"scratch has {shape['num_hidden_layers']} layers, of which {config.n - 1} heads take one each: none is "
-            "left for the trunk."
-        )
-    known = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    settings = known | {"pad_token_id": tokenizer.pad_token_id} | shape | {"num_hidden_layers": layers}
-    try:
-        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"scratch cannot be built: {str(error).splitlines()[0]}") from None
-    model = attach(base, config)
-    randomise(model)
-    return model.train()
-
-
-@torch.no_grad()
-def randomise(model: MultiTokenModel) -> None:
-    """Random weights for heads, which start as copies of the trunk's last layer, by the host's own rule."""
-
-    def anew(module: nn.Module) -> None:
-        parameter: Any
-        for parameter in module.parameters(recurse=False):
-            parameter._is_hf_initialized = False  # transformers skips what it has initialised
-        model.base._init_weights(module)
-
-    for part in model.heads.children():
-        if part is not model.heads.output:
-            part.apply(anew)
-
-
 def _choose_vocabulary(
     model: MultiTokenModel, blocks: PackedBlocks | None, tokenizer: PreTrainedTokenizerBase, say: Say
 ) -> None:
@@ -442,29 +402,31 @@ def _split(blocks: PackedBlocks | StreamedBlocks, recipe: Recipe) -> tuple[Any, 
     return blocks.part(kept), blocks.part(sorted(held_out))
 
 
-def _with_states(
+def _with_outputs(
     blocks: Any, model: MultiTokenModel, recipe: Recipe, arguments: transformers.TrainingArguments, out: Path, say: Say
 ) -> Dataset:
-    """The blocks; with a frozen trunk's states on disk, where more than one pass needs them and they can be kept."""
+    """The blocks; with a frozen trunk's outputs on disk, where more than one pass needs them and they can be kept."""
     if not model.multi_token.freeze_trunk or not isinstance(blocks, PackedBlocks):
         return blocks
     seen = arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
     if (seen / len(blocks) if arguments.max_steps > 0 else arguments.num_train_epochs) <= 1:
         return blocks
-    size = WithTrunkStates.bytes_needed(blocks, model)
     follows = model.multi_token.objective.follows
+    top_k = 0 if follows == "text" else recipe.teacher_top_k
+    size = KeptOutputs.bytes_needed(blocks, model, top_k)
     why_not = {
         "head 1 has a weight": bool(model.weights[0]),
         "the heads read its keys": bool(model.heads.reads),
-        f"{follows} needs its last state, and the heads read another": follows != "text"
-        and model.heads.tap != "post_norm",
+        f"{follows} needs its last state, and the heads read another; teacher_top_k can be kept": follows != "text"
+        and model.heads.tap != "post_norm"
+        and not top_k,
         "they would be split over processes": bool(arguments.fsdp) or arguments.world_size > 1,
         "dataloader_num_workers is set": arguments.dataloader_num_workers > 0,
-        f"its states take {size / 1e9:.1f} GB, over max_states_gb": size > recipe.max_states_gb * 1e9,
-        f"its states take {size / 1e9:.1f} GB, more than the disk has free": size > shutil.disk_usage(out).free,
+        f"its outputs take {size / 1e9:.1f} GB, over max_states_gb": size > recipe.max_states_gb * 1e9,
+        f"its outputs take {size / 1e9:.1f} GB, more than the disk has free": size > shutil.disk_usage(out).free,
     }
     if reasons := [reason for reason, holds in why_not.items() if holds]:
         say(f"the trunk runs in every epoch: {reasons[0]}")
         return blocks
-    say(f"the trunk's states are kept in {out} while training, {size / 1e9:.1f} GB")
-    return WithTrunkStates(blocks, model, out / WithTrunkStates.name(blocks, model))
+    say(f"the trunk's outputs are kept in {out} while training, {size / 1e9:.1f} GB")
+    return KeptOutputs(blocks, model, top_k, out)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import time
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +12,9 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from nextn.adapters import adapter_names, merge_adapters
-from nextn.config import ConfigError, ScheduleConfig
-from nextn.data import PackedBlocks
+from nextn.config import ScheduleConfig
 from nextn.formats import native
 from nextn.model import MultiTokenModel, MultiTokenOutput
 
@@ -221,53 +217,3 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return (checkpoint / "nextn" / "heads.safetensors").is_file() and (checkpoint / "scheduler.pt").is_file()
-
-
-class WithTrunkStates(Dataset):
-    """Blocks together with the states of a frozen trunk, which are computed once and kept in a file.
-
-    Args:
-        blocks: the text.
-        model: whose trunk is frozen; head 1 must have no weight, for its states are not kept.
-        path: where the states go, [blocks, T, D] in the trunk's dtype; they are kept there for a resumed training.
-    """
-
-    def __init__(self, blocks: PackedBlocks, model: MultiTokenModel, path: Path) -> None:
-        self.blocks, self.model = blocks, model
-        shape = (len(blocks), blocks.length, model.heads.hidden_width)
-        self.states = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=model.trunk.dtype).view(
-            shape
-        )
-        done = path.with_suffix(".done")  # one byte a block, set once its states are written
-        self.done = torch.from_file(str(done), shared=True, size=len(blocks), dtype=torch.uint8)
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        block = self.blocks[index]
-        if not self.done[index]:
-            parts = ("input_ids", "attention_mask", "position_ids")
-            batch = {name: block[name][None].to(self.model.trunk.device) for name in parts}
-            self.states[index] = self.model.trunk_states(**batch)[0]
-            self.done[index] = 1
-        return block | {"trunk_states": self.states[index]}
-
-    @staticmethod
-    def bytes_needed(blocks: PackedBlocks, model: MultiTokenModel) -> int:
-        """The size of the file."""
-        return len(blocks) * blocks.length * model.heads.hidden_width * model.trunk.dtype.itemsize
-
-    @staticmethod
-    def forget(directory: Path) -> None:
-        """Remove the files of a training."""
-        for file in directory.glob("trunk_states*"):
-            file.unlink()
-
-    @staticmethod
-    def name(blocks: PackedBlocks, model: MultiTokenModel) -> str:
-        """A name for the file that another text, base or tap does not share."""
-        digest = hashlib.sha256(f"{native.hash_of(model.base)} {model.heads.tap} {blocks.length}".encode())
-        for place in range(len(blocks)):
-            digest.update(blocks[place]["input_ids"].numpy().data)
-        return f"trunk_states-{digest.hexdigest()[:16]}.bin"
