@@ -19,12 +19,12 @@ def chain_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, 
     """Attention in which each query also sees keys of its own.
 
     Args:
-        query: [B, H, T, D].
+        query: [B, G·H, T, D]; groups of G query heads have their keys in common.
         key, value: [B, H, (1 + c) · T, D]: those in common, then c blocks of which query t sees the t-th one.
         visible: which of those in common each query sees, bool [B, 1, T, T].
 
     Returns:
-        [B, H, T, D]; None where the kernel that this is made of cannot be used.
+        [B, G·H, T, D]; None where the kernel that this is made of cannot be used.
     """
     if query.device.type != "cpu" or query.shape[-1] != value.shape[-1]:
         return None
@@ -41,17 +41,17 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-        length = query.shape[2]
+        length, heads = query.shape[2], key.shape[1]
         keys, values = key[:, :, :length], value[:, :, :length]
-        common, normaliser = _flash(
-            query, keys, values, 0.0, False, attn_mask=mask, scale=scale
-        )  # [B, H, T, D], [B, H, T]
+        common, normaliser = _flash(query, keys, values, 0.0, False, attn_mask=mask, scale=scale)
         own_keys, own_values = _own(key, length), _own(value, length)
-        scores = torch.einsum("bhtd,bhctd->bhct", query, own_keys).to(normaliser.dtype) * scale
-        joint = torch.logsumexp(torch.cat([normaliser[:, :, None], scores], dim=2), dim=2)  # [B, H, T]
-        shares = (scores - joint[:, :, None]).exp()  # [B, H, c, T]
+        common, normaliser = _grouped(common, heads), _grouped(normaliser, heads)  # [B, H, G, T, D], [B, H, G, T]
+        scores = torch.einsum("bhgtd,bhctd->bhgct", _grouped(query, heads), own_keys).to(normaliser.dtype) * scale
+        joint = torch.logsumexp(torch.cat([normaliser[:, :, :, None], scores], dim=3), dim=3)  # [B, H, G, T]
+        shares = (scores - joint[:, :, :, None]).exp()  # [B, H, G, c, T]
         output = common * (normaliser - joint).exp()[..., None].to(common.dtype)
-        output += torch.einsum("bhct,bhctd->bhtd", shares.to(value.dtype), own_values)
+        output += torch.einsum("bhgct,bhctd->bhgtd", shares.to(value.dtype), own_values)
+        output, joint = output.flatten(1, 2), joint.flatten(1, 2)
         ctx.save_for_backward(query, key, value, mask, output, joint, shares)
         ctx.scale = scale
         return output
@@ -59,17 +59,19 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, mask, output, joint, shares = ctx.saved_tensors
-        length = query.shape[2]
+        length, heads = query.shape[2], key.shape[1]
         keys, values = key[:, :, :length], value[:, :, :length]
         query_grad, keys_grad, values_grad = _flash_backward(
             upstream, query, keys, values, output, joint, 0.0, False, attn_mask=mask, scale=ctx.scale
         )
         own_keys, own_values = _own(key, length), _own(value, length)
-        towards = torch.einsum("bhtd,bhctd->bhct", upstream, own_values) - (upstream * output).sum(dim=-1)[:, :, None]
-        slopes = (shares * towards.to(shares.dtype) * ctx.scale).to(query.dtype)  # [B, H, c, T]
-        query_grad = query_grad + torch.einsum("bhct,bhctd->bhtd", slopes, own_keys)
-        own_keys_grad = slopes[..., None] * query[:, :, None]
-        own_values_grad = shares.to(value.dtype)[..., None] * upstream[:, :, None]
+        queries, slope = _grouped(query, heads), _grouped(upstream, heads)  # [B, H, G, T, D]
+        along = _grouped((upstream * output).sum(dim=-1), heads)[:, :, :, None]  # [B, H, G, 1, T]
+        towards = torch.einsum("bhgtd,bhctd->bhgct", slope, own_values) - along
+        slopes = (shares * towards.to(shares.dtype) * ctx.scale).to(query.dtype)  # [B, H, G, c, T]
+        query_grad = query_grad + torch.einsum("bhgct,bhctd->bhgtd", slopes, own_keys).flatten(1, 2)
+        own_keys_grad = torch.einsum("bhgct,bhgtd->bhctd", slopes, queries)
+        own_values_grad = torch.einsum("bhgct,bhgtd->bhctd", shares.to(value.dtype), slope)
         return (
             query_grad,
             torch.cat([keys_grad, own_keys_grad.flatten(2, 3)], dim=2),
@@ -82,3 +84,8 @@ class _Chain(torch.autograd.Function):
 def _own(states: Tensor, length: int) -> Tensor:
     """What each position has for itself [B, H, c, T, D]."""
     return states[:, :, length:].unflatten(2, (-1, length))
+
+
+def _grouped(states: Tensor, heads: int) -> Tensor:
+    """[B, G·H, ...] -> [B, H, G, ...]."""
+    return states.unflatten(1, (heads, -1))

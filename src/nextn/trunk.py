@@ -326,9 +326,8 @@ def _grouped_sdpa(
     (rows, heads, length, _), shared = query.shape, key.shape[1]
     groups = heads // shared
     if attention_mask.shape[-1] < key.shape[2]:  # a chain in training: keys past the mask are each query's own
-        keys, values = (part.repeat_interleave(groups, dim=1) for part in (key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        chained = None if dropout else chain_attention(query, keys, values, attention_mask, scale)
+        chained = None if dropout else chain_attention(query, key, value, attention_mask, scale)
         if chained is not None:
             return chained.transpose(1, 2).contiguous(), None
         attention_mask = with_own_keys(attention_mask, key.shape[2] // length - 1)
