@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nextn import fused
 from nextn.config import ObjectiveConfig
 from nextn.output import Output, best
 from nextn.teachers import Distribution, Teacher, at_least_float32
@@ -171,11 +172,13 @@ class _Plan:
 
     def judge(self, place: int, rows: Tensor, logits: Tensor) -> _Judged:
         """Loss, hits and gradient of some rows; logits [C, V'] are overwritten with the gradient."""
-        targets, chosen = self.targets[place][rows], best(logits)
+        targets, nothing = self.targets[place][rows], logits.new_tensor(torch.nan)
+        if self.objective.follows == "text" and (found := fused.cross_entropy(logits, targets)):
+            return _Judged(found[0], found[1] == targets, nothing, logits)
+        chosen = best(logits)
         hits = chosen == targets
         if self.objective.follows == "text":
-            loss = _text(logits, targets, chosen)
-            return _Judged(loss, hits, loss.new_tensor(torch.nan), logits)
+            return _Judged(_text(logits, targets, chosen), hits, nothing, logits)
         teacher = self.teachers[place]
         assert teacher is not None
         with torch.no_grad():
