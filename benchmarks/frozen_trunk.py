@@ -5,7 +5,8 @@
 The trunk's forward and a whole step of attached training (trunk without a graph, heads forward and backward, loss; no
 optimizer) take turns on the same blocks. The ratio of operations counts the products of weights: the trunk's layers
 once; the heads' modules three times (forward, gradient of input, gradient of weight), their output twice, its table
-being frozen. A step whose trunk states are there already is shown beside.
+being frozen. A step whose trunk states are there already is shown beside, and both with the heads compiled. With all
+compiled, as `compile: true` in a recipe has it, the measure is a compiled trunk's forward.
 """
 
 from __future__ import annotations
@@ -40,13 +41,21 @@ def main(
 ) -> None:
     output = {"kind": "trimmed", "size": vocabulary} if vocabulary else {}
     config = nextn.MultiTokenConfig(n=n, recurrent=True, output=output)
-    model = nextn.attach(load_base(base, dtype=torch.bfloat16).to(device), config).train()
-    model.heads.float()
+
+    def attach() -> nextn.MultiTokenModel:
+        model = nextn.attach(load_base(base, dtype=torch.bfloat16).to(device), config).train()
+        model.heads.float()
+        return model
+
+    model, heads_compiled, compiled = attach(), attach(), attach()
+    for region in heads_compiled.heads.regions():
+        region.compile(dynamic=False)
+    compiled.compile_layers()
     torch.manual_seed(0)
     ids = torch.randint(0, vocabulary or model.trunk.vocab_size, (batch, length), device=device)
     kept = model.trunk_outputs(ids)
 
-    def attached(**given: torch.Tensor) -> None:
+    def attached(model: nextn.MultiTokenModel, **given: torch.Tensor) -> None:
         model.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16):
             loss = model(ids, labels=ids, **given).loss
@@ -54,8 +63,12 @@ def main(
 
     functions: dict[str, Callable[[], object]] = {
         "trunk, forward": lambda: model.trunk_outputs(ids),
-        "attached": attached,
-        "attached, states kept": lambda: attached(**kept),
+        "attached": lambda: attached(model),
+        "attached, states kept": lambda: attached(model, **kept),
+        "attached, heads compiled": lambda: attached(heads_compiled),
+        "states kept, heads compiled": lambda: attached(heads_compiled, **kept),
+        "compiled trunk, forward": lambda: compiled.trunk_outputs(ids),
+        "attached, all compiled": lambda: attached(compiled),
     }
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in track(range(steps + 2), "measuring"):
@@ -71,20 +84,26 @@ def main(
     module = sum(p.numel() for p in model.heads.parameters() if p.ndim > 1)
     table = model.heads.output.size(model.trunk) * model.trunk.width
     operations = (layers + (n - 1) * (3 * module + 2 * table)) / layers
-    ratios = [a / b for a, b in zip(seconds["attached"], seconds["trunk, forward"], strict=True)]
-    median, low, high = interval(ratios)
+    under = {"attached, all compiled": "compiled trunk, forward"}
+    ratios = {
+        name: interval([a / b for a, b in zip(spent, seconds[under.get(name, "trunk, forward")], strict=True)])
+        for name, spent in seconds.items()
+        if "forward" not in name
+    }
     rows = Table(title=f"{base}, n = {n}, {batch} × {length} tokens, bfloat16, {device}", title_justify="left")
-    for column in ("", "µs a token", "of the trunk's forward"):
+    for column in ("", "µs a token", "of the forward", "95%", "of operations"):
         rows.add_column(column, justify="left" if not column else "right")
     for name, spent in seconds.items():
         each = float(torch.tensor(spent).median()) / (batch * length) * 1e6
-        over = [a / b for a, b in zip(spent, seconds["trunk, forward"], strict=True)]
-        rows.add_row(name, f"{each:.0f}", f"{interval(over)[0]:.3f}")
+        over = ratios.get(name)
+        cells = [f"{over[0]:.3f}", f"{over[1]:.3f} – {over[2]:.3f}"] if over else ["", ""]
+        of_operations = f"{over[0] / operations:.3f}" if over and "kept" not in name else ""
+        rows.add_row(name, f"{each:.0f}", *cells, of_operations)
     console = Console()
     console.print(rows)
     console.print(
-        f"attached takes {median:.3f} ({low:.3f} – {high:.3f}) times the trunk's forward; its operations are "
-        f"{operations:.3f} times: {median / operations:.3f} of them"
+        f"The operations of attached training are {operations:.3f} times the trunk's forward. What is all compiled is "
+        "compared with the compiled trunk's forward, the rest with the plain one's."
     )
     found = {
         "base": base,
@@ -95,11 +114,11 @@ def main(
         "steps": steps,
         "device": device,
         "seconds": seconds,
-        "ratio": median,
-        "low": low,
-        "high": high,
         "operations": operations,
-        "ratio_over_operations": median / operations,
+        "ratios": {
+            name: {"ratio": over[0], "low": over[1], "high": over[2], "over_operations": over[0] / operations}
+            for name, over in ratios.items()
+        },
         "machine": machine(),
     }
     out.write_text(json.dumps(found, indent=2) + "\n")

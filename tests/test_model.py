@@ -117,3 +117,27 @@ def test_a_frozen_trunk_keeps_no_graph():
     model(ids, labels=ids).loss.backward()
     assert seen and not any(getattr(output, "requires_grad", False) for output in seen)
     assert all(parameter.grad is None for parameter in model.base.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind",
+    [{"recurrent": True}, {}, {"heads": "parallel"}, {"heads": "parallel", "head": "linear"}, {"heads": "shared_kv"}],
+)
+def test_compiled_layers_give_the_same_loss_and_gradients(kind):
+    ids = torch.randint(3, 60, (2, 16))
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        config = nextn.MultiTokenConfig(n=4, freeze_trunk=False, weights={"preset": "deepseek"}, **kind)
+        model = nextn.attach(make_host("llama"), config).train()
+        if compiled:
+            model.compile_layers()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        found.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (plain, plain_grads), (loss, grads) = found
+    torch.testing.assert_close(loss, plain)
+    assert grads.keys() == plain_grads.keys()
+    for name in grads:
+        torch.testing.assert_close(grads[name], plain_grads[name], rtol=1e-3, atol=1e-5, msg=name)

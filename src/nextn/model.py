@@ -95,6 +95,17 @@ class MultiTokenModel(PreTrainedModel):
             if module is not self.heads and hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
 
+    def compile_layers(self) -> None:
+        """Let torch.compile make machine code of each layer of trunk and heads when it is first called.
+
+        Norms, rotations and products become one loop each, which PyTorch otherwise runs one by one.
+        """
+        # A recurrent step has another number of keys at each depth, and training, evaluation and a short batch differ.
+        limits: Any = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 4 * self.multi_token.n)
+        for layer in (*self.trunk.layers, *self.heads.regions()):
+            layer.compile(dynamic=False)
+
     # --- training ---------------------------------------------------------------------------------------------
 
     def forward(

@@ -135,6 +135,12 @@ class Heads(nn.Module, ABC):
         """The width of the states that a table of their own reads."""
         return trunk.width
 
+    def regions(self) -> Iterator[nn.Module]:
+        """The modules that do most of the work, each called as a whole: what torch.compile is given, one by one."""
+        for child in self.children():
+            if child is not self.output:
+                yield from child if isinstance(child, nn.ModuleList) else (child,)
+
     def read(self, hidden: Tensor) -> Tensor:
         """What was tapped [B, T, m·D] -> the state that heads start from [B, T, D]."""
         return hidden if self.mix is None else self.mix(hidden)
