@@ -41,12 +41,17 @@ PLAIN = {"heads": "parallel", "head": "linear", "n": 2, "weights": {"preset": "l
 
 @dataclass
 class Contender:
-    """A model in training, the time of its steps, and what it was worth on the way (seconds, steps, bits per byte)."""
+    """A model in training, the time of its steps, and what it was worth on the way (steps, bits per byte)."""
 
     model: MultiTokenModel
     optimizer: torch.optim.Optimizer
     times: list[float] = field(default_factory=list)
-    curve: list[tuple[float, int, float]] = field(default_factory=list)
+    curve: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def timed(self) -> list[tuple[float, int, float]]:
+        """The curve with seconds, all by the one median of a step."""
+        return [(statistics.median(self.times) * steps, steps, bits) for steps, bits in self.curve]
 
     @property
     def seconds(self) -> float:
@@ -148,11 +153,11 @@ def main(
             bar.update(task, completed=done)
             if done % (20 * TURN) == 0 or done >= total:
                 for each in contenders.values():
-                    each.curve.append((each.seconds, done, evaluated(each.model, held_out, length)[0]))
+                    each.curve.append((done, evaluated(each.model, held_out, length)[0]))
                 _write(out, contenders, None)
     found = {name: _result(each, held_out, length) for name, each in contenders.items()}
     plain, ours = contenders.values()
-    found["equal_time"] = {"seconds": plain.seconds, "bits_per_byte": _at(ours.curve, plain.seconds)}
+    found["equal_time"] = {"seconds": plain.seconds, "bits_per_byte": _at(ours.timed, plain.seconds)}
     _show(found, done * rows * length)
     settings = {"layers": layers, "width": width, "rows": rows, "length": length, "rate": rate, "steps": done}
     _write(out, contenders, found | {"settings": settings | {"device": device, "data": data.name}})
@@ -207,7 +212,7 @@ def _show(found: dict[str, Any], tokens: int) -> None:
 
 
 def _write(out: Path, contenders: dict[str, Contender], found: dict[str, Any] | None) -> None:
-    curves = {name: each.curve for name, each in contenders.items()}
+    curves = {name: each.timed for name, each in contenders.items()}
     out.write_text(json.dumps((found or {}) | {"curves": curves, "machine": machine()}, indent=2) + "\n")
 
 

@@ -116,7 +116,8 @@ def main(
         "seconds": seconds,
         "operations": operations,
         "ratios": {
-            name: {"ratio": over[0], "low": over[1], "high": over[2], "over_operations": over[0] / operations}
+            name: {"ratio": over[0], "low": over[1], "high": over[2]}
+            | ({} if "kept" in name else {"over_operations": over[0] / operations})
             for name, over in ratios.items()
         },
         "machine": machine(),

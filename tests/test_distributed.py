@@ -14,8 +14,6 @@ from safetensors.torch import load_file
 
 from conftest import make_host, make_tokenizer
 
-FULL, SHARDED = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
-
 
 # An unembedding of its own, and one tied to the embedding; trunk and heads together, and heads alone.
 @pytest.mark.parametrize(
@@ -63,15 +61,19 @@ def test_two_processes_train_what_one_does(family, frozen, stored, tmp_path):
         ],
     }
 
-    def run(name: str, out: str) -> str:
+    def launch(name: str, out: str) -> subprocess.CompletedProcess[str]:
         command = [*launches[name], "nextn.cli", "train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / out)]
-        done = subprocess.run([*command, *options[name]], capture_output=True, text=True, timeout=600, check=False)
+        return subprocess.run([*command, *options[name]], capture_output=True, text=True, timeout=600, check=False)
+
+    def run(name: str, out: str) -> str:
+        done = launch(name, out)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
     run("one", "one")
     run("two", "two")
-    for file in ["nextn/heads.safetensors"] if frozen else ["model.safetensors", "nextn/heads.safetensors"]:
+    files = ["nextn/heads.safetensors"] if frozen else ["model.safetensors", "nextn/heads.safetensors"]
+    for file in files:
         one, two = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)
         assert one.keys() == two.keys()
         for tensor in one:  # sums come in another order, and Adam divides by small roots: 1e-4 at a rate of 1e-3
@@ -82,10 +84,16 @@ def test_two_processes_train_what_one_does(family, frozen, stored, tmp_path):
     shutil.copytree(tmp_path / "two" / "checkpoint-2", resumed / "checkpoint-2")
     shutil.copy(tmp_path / "two" / "recipe.json", resumed)
     assert "going on from" in run("two", "resumed")
-    whole = load_file(tmp_path / "two" / "nextn" / "heads.safetensors")
-    for name, tensor in load_file(resumed / "nextn" / "heads.safetensors").items():
-        assert torch.equal(tensor, whole[name]), name
+    for file in files:
+        whole, again = load_file(tmp_path / "two" / file), load_file(resumed / file)
+        assert whole.keys() == again.keys()
+        for name, tensor in again.items():
+            assert torch.equal(tensor, whole[name]), name
     if frozen:
+        alone = tmp_path / "alone"  # without FSDP its checkpoint would be another training
+        shutil.copytree(tmp_path / "two" / "checkpoint-2", alone / "checkpoint-2")
+        done = launch("one", "alone")
+        assert done.returncode == 1 and "was written with FSDP" in " ".join(done.stderr.split())
         return
     moved = load_file(tmp_path / "two" / "model.safetensors")
     before = load_file(base / "model.safetensors")

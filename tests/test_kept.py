@@ -17,9 +17,9 @@ def blocks():
     return PackedBlocks([(ids, ids) for ids in texts], 16, pad_id=0)
 
 
-def build(tap="pre_norm"):
+def build(tap="pre_norm", **more):
     torch.manual_seed(0)
-    return nextn.attach(make_host("llama"), nextn.MultiTokenConfig(n=3, recurrent=True, tap=tap))
+    return nextn.attach(make_host("llama"), nextn.MultiTokenConfig(n=3, recurrent=True, tap=tap, **more))
 
 
 def test_outputs_are_kept_in_shards_and_computed_once(blocks, tmp_path, monkeypatch):
@@ -47,6 +47,7 @@ def test_the_size_is_told_before(blocks, tmp_path):
     data = kept.KeptOutputs(blocks, model, TOP_K, tmp_path)
     for index in range(len(blocks)):
         data[index]
+        assert kept.KeptOutputs.bytes_there(tmp_path) > 0
     written = sum(file.stat().st_size for file in tmp_path.glob("*/*.bin"))
     assert written == kept.KeptOutputs.bytes_needed(blocks, model, TOP_K)
     kept.KeptOutputs.forget(tmp_path)
@@ -57,4 +58,7 @@ def test_what_another_tap_or_text_kept_is_not_taken(blocks, tmp_path):
     for tap in ("pre_norm", "post_norm"):
         kept.KeptOutputs(blocks, build(tap), 0, tmp_path)[0]
     kept.KeptOutputs(blocks.part([1, 0]), build(), 0, tmp_path)[0]
-    assert len(list(tmp_path.iterdir())) == 3
+    kept.KeptOutputs(blocks, build(), TOP_K, tmp_path)[0]
+    warm = build(objective={"follows": "kl", "temperature": 2.0})
+    kept.KeptOutputs(blocks, warm, TOP_K, tmp_path)[0]
+    assert len(list(tmp_path.iterdir())) == 5

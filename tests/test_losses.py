@@ -169,6 +169,61 @@ def _top(scaled, k):
     return TopTokens(tokens, log_probs)
 
 
+@pytest.mark.parametrize("share_of", [None, "sequences"])
+def test_a_depth_follows_what_the_trunk_says_of_the_same_token(share_of):
+    """KL of depth k at t is against the trunk's word at t + k - 1: position by position, from the definition."""
+    config = nextn.MultiTokenConfig(n=4, recurrent=True, objective={"follows": "kl"})
+    model = nextn.attach(make_host("llama").double(), config).train()
+    ids = torch.randint(3, VOCAB, (3, 12), generator=torch.Generator().manual_seed(0))
+    rows = range(3)
+    if share_of:
+        model.schedule = ScheduleConfig(share=0.4, share_of=share_of)  # one row of three
+        torch.manual_seed(5)
+        rows = torch.randperm(3)[:1].tolist()
+        torch.manual_seed(5)
+    loss = model(ids, labels=ids).loss
+    text = nextn.model.as_text(ids, None, None)
+    with torch.no_grad():
+        hidden, tapped = model._run_trunk(text)
+        states, said = model.heads(model.trunk, tapped, text), model.trunk.logits(hidden).log_softmax(-1)
+        expected = 0.0
+        for k, (state, weight) in enumerate(zip(states, model.weights[1:], strict=True), start=2):
+            for row in rows:
+                for t in range(ids.shape[1] - k):
+                    q = model.trunk.logits(state[row, t]).log_softmax(-1)
+                    p = said[row, t + k - 1]
+                    expected += weight * (p.exp() * (p - q)).sum()
+    scale = 3 if share_of else 1
+    torch.testing.assert_close(loss.double(), scale * expected / (3 * 11), rtol=1e-6, atol=1e-9)
+
+
+def test_a_fused_kernel_takes_the_place_of_our_own_operations(monkeypatch):
+    """What `judge` makes of a kernel's answer, with a kernel made of autograd."""
+    asked = []
+
+    def cross_entropy(logits, targets):
+        asked.append(len(logits))
+        leaf = logits.clone().requires_grad_()
+        with torch.enable_grad():
+            loss = torch.nn.functional.cross_entropy(leaf, targets, reduction="sum")
+        logits.copy_(torch.autograd.grad(loss, leaf)[0])
+        return loss.detach(), leaf.argmax(dim=-1)
+
+    model = nextn.attach(make_host("llama"), nextn.MultiTokenConfig(n=3)).train()
+    ids = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
+    found = []
+    for fused in (False, True):
+        if fused:
+            monkeypatch.setattr(nextn.losses.fused, "cross_entropy", cross_entropy)
+        model.zero_grad()
+        output = model(ids, labels=ids)
+        output.loss.backward()
+        found.append((output.loss, output.depth_accuracies, model.heads.steps[0].eh_proj.weight.grad.clone()))
+    assert asked
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
 def test_top_tokens_are_those_of_the_softmax_and_its_probabilities():
     trunk = Trunk(make_host("llama"))
     hidden = torch.randn(2, 5, trunk.width) * 30

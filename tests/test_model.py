@@ -88,6 +88,8 @@ def test_kept_top_tokens_give_nearly_the_same_loss(tap):
     few = model.trunk_outputs(ids, top_k=5)
     assert few["top_tokens"].shape == (2, 16, 5)
     assert (model(ids, labels=ids, **few).loss - exact).abs() > 1e-2, "what is left out must show"
+    with pytest.raises(ValueError, match="go together"):
+        model(ids, labels=ids, trunk_states=few["trunk_states"], top_tokens=few["top_tokens"])
     if tap != "post_norm":
         with pytest.raises(ValueError, match="top_tokens"):
             model(ids, labels=ids, **model.trunk_outputs(ids))
@@ -122,10 +124,18 @@ def test_a_frozen_trunk_keeps_no_graph():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
-    [{"recurrent": True}, {}, {"heads": "parallel"}, {"heads": "parallel", "head": "linear"}, {"heads": "shared_kv"}],
+    [
+        {"recurrent": True},
+        {},
+        {"heads": "parallel"},
+        {"heads": "parallel", "head": "linear"},
+        {"heads": "shared_kv"},
+        {"heads": "eagle3", "tap": [0, 1, 2]},
+        {"recurrent": True, "tap": [1, 2]},
+    ],
 )
 def test_compiled_layers_give_the_same_loss_and_gradients(kind):
-    ids = torch.randint(3, 60, (2, 16))
+    batches = [torch.randint(3, 60, shape) for shape in ((2, 16), (3, 11))]
     found = []
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -133,7 +143,7 @@ def test_compiled_layers_give_the_same_loss_and_gradients(kind):
         model = nextn.attach(make_host("llama"), config).train()
         if compiled:
             model.compile_layers()
-        loss = model(ids, labels=ids).loss
+        loss = sum(model(ids, labels=ids).loss for ids in batches)
         loss.backward()
         found.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
     (plain, plain_grads), (loss, grads) = found

@@ -72,6 +72,31 @@ def test_kept_trunk_states_change_nothing(attached, tmp_path):
     assert_equal(state(kept.heads), state(fresh.heads), rtol=0, atol=0)
 
 
+def test_top_tokens_stand_for_the_distribution_that_heads_follow(attached, tmp_path):
+    heads = attached["heads"] | {"objective": {"follows": "kl"}, "tap": "pre_norm"}
+    models = {}
+    for top_k in (0, 64):  # the whole vocabulary of the tiny base
+        said = []
+        recipe = Recipe(**attached | {"heads": heads, "teacher_top_k": top_k})
+        models[top_k] = train(recipe, tmp_path / str(top_k), say=said.append)
+        assert any(("outputs are kept" if top_k else "kl needs its last state") in str(each) for each in said)
+    assert_equal(state(models[64].heads), state(models[0].heads), rtol=0, atol=0.02)  # stored in half precision
+    said = []
+    once = attached["training"] | {"num_train_epochs": 1}
+    train(Recipe(**attached | {"heads": heads, "teacher_top_k": 64, "training": once}), tmp_path / "once", said.append)
+    assert any("teacher_top_k is not used" in str(each) for each in said)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_train_the_same_heads(attached, tmp_path, checkpointing):
+    stated = attached | {"training": attached["training"] | {"gradient_checkpointing": checkpointing, "bf16": False}}
+    plain = train(Recipe(**stated), tmp_path / "plain")
+    compiled = train(Recipe(**stated, compile=True), tmp_path / "compiled")
+    assert_equal(state(compiled.heads), state(plain.heads), rtol=0, atol=0.02)
+
+
 def test_another_recipe_or_other_data_in_the_same_directory_is_refused(attached, text, tmp_path):
     train(Recipe(**attached), tmp_path / "out")
     with pytest.raises(FormatError, match="other options"):
@@ -264,6 +289,8 @@ def test_settings_that_are_equal_give_one_model(tiny_base, tmp_path):
         ({"schedule": {"start": 0.5}}, "schedule.start goes with a trunk that is trained"),
         ({"schedule": {"phases": [{"weights": {"preset": "list", "values": [1.0]}}]}}, "1 entries, but n is 4"),
         ({"stream": True}, "stream needs training.max_steps"),
+        ({"teacher_top_k": 8}, "teacher_top_k goes with heads.objective.follows"),
+        ({"teacher_top_k": 8, "max_states_gb": 0}, "teacher_top_k is of what is kept on disk"),
         ({"data": []}, "data: List should have at least 1 item"),
         ({"heads": {"n": 1}}, "n: must be at least 2"),
         ({"colour": "blue"}, "colour: Extra inputs are not permitted"),
@@ -292,6 +319,7 @@ def test_errors_that_show_only_when_it_runs(attached, tmp_path):
                 "modules_to_save is not supported",
             ),
             ({"lora": {"rank": 2}, **tuned}, ConfigError, "lora: .*rank"),
+            ({"lora": {"r": 2, "target_modules": ["q_proj"]}, "compile": True, **tuned}, ConfigError, "compile does"),
             ({"data": [str(tmp_path / "x.csv")]}, DataError, "is no plain text"),
             ({"data": ["answers/none.jsonl"]}, DataError, "There is no data file answers/none.jsonl"),
             ({"length": 4096}, ConfigError, "the base reads 128 tokens"),

@@ -21,9 +21,10 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | No
     Returns:
         None, and nothing done, where there is no such kernel for the device.
     """
-    if not logits.is_cuda or logits.dtype != torch.float32 or not installed():
+    if not logits.is_cuda or logits.dtype != torch.float32 or not logits.is_contiguous() or not installed():
         return None
-    return _by_liger(logits, targets)
+    with torch.cuda.device(logits.device):  # triton launches on the current device, whatever its inputs are on
+        return _by_liger(logits, targets)
 
 
 @cache

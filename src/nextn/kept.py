@@ -75,10 +75,15 @@ class KeptOutputs(Dataset):
         return len(blocks) * blocks.length * a_token
 
     @staticmethod
+    def bytes_there(under: Path) -> int:
+        """What a training that was cut short has on the disk already; files are sparse until they are filled."""
+        return sum(file.stat().st_blocks * 512 for file in under.glob("trunk_outputs-*/*"))
+
+    @staticmethod
     def forget(under: Path) -> None:
         """Remove the files of a training."""
         for directory in under.glob("trunk_outputs-*"):
-            shutil.rmtree(directory)
+            shutil.rmtree(directory, ignore_errors=True)  # several processes may do so at once
 
 
 def _fields(model: MultiTokenModel, top_k: int) -> dict[str, tuple[int, torch.dtype]]:

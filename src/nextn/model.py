@@ -98,11 +98,12 @@ class MultiTokenModel(PreTrainedModel):
     def compile_layers(self) -> None:
         """Let torch.compile make machine code of each layer of trunk and heads when it is first called.
 
-        Norms, rotations and products become one loop each, which PyTorch otherwise runs one by one.
+        Norms, rotations and products become one loop each, which PyTorch otherwise runs one by one. Raises
+        `torch._dynamo.config.recompile_limit` for the process: past it, layers would silently run uncompiled.
         """
         # A recurrent step has another number of keys at each depth, and training, evaluation and a short batch differ.
         limits: Any = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, 4 * self.multi_token.n)
+        limits.recompile_limit = max(limits.recompile_limit, 16 + 4 * self.multi_token.n)
         for layer in (*self.trunk.layers, *self.heads.regions()):
             layer.compile(dynamic=False)
 
@@ -129,8 +130,14 @@ class MultiTokenModel(PreTrainedModel):
             labels: [B, T] aligned with input_ids (not shifted), -100 where not trained on.
             num_items_in_batch: the denominator; without it the count of valid t+1 targets.
             trunk_states, top_tokens, top_log_probs: what `trunk_outputs` gave for this very batch [B, T, D] and
-                [B, T, k], so that a frozen trunk need not run again; head 1 then has no loss.
+                [B, T, k], so that a frozen trunk need not run again; head 1 then has no loss. The tokens' probabilities
+                are taken to be those at the objective's temperature.
+
+        Raises:
+            ValueError: for parts of `trunk_outputs` without the others, or of a trunk whose keys heads read.
         """
+        if (top_tokens is None) != (top_log_probs is None) or (trunk_states is None and top_tokens is not None):
+            raise ValueError("top_tokens, top_log_probs and trunk_states go together: give what trunk_outputs gave.")
         text = as_text(input_ids, attention_mask, position_ids)
         if trunk_states is not None and self.heads.reads:
             raise ValueError("These heads read the trunk's keys and values: leave trunk_states out.")
@@ -245,7 +252,7 @@ class MultiTokenModel(PreTrainedModel):
         if self.multi_token.objective.follows == "text":
             return None
         if top_tokens is not None and top_log_probs is not None:
-            return TopTokens(top_tokens, top_log_probs)
+            return TopTokens(top_tokens, top_log_probs.float())  # autocast on a CPU does not move float16
         if hidden is None and self.heads.tap == "post_norm":
             hidden = tapped
         if hidden is None:

@@ -21,9 +21,10 @@ from rich.table import Table
 from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nextn.adapters import add_adapters
+from nextn.adapters import adapter_names, add_adapters
 from nextn.config import ConfigError, MultiTokenConfig, ScheduleConfig, Strict
 from nextn.data import PackedBlocks, StreamedBlocks, byte_tokenizer, examples_of
+from nextn.decoding.compiled import CompileError, require_compiler
 from nextn.formats import FormatError, native
 from nextn.formats.bundled import sha256
 from nextn.kept import KeptOutputs
@@ -108,6 +109,13 @@ class Recipe(Strict):
                 phase.weights.check_length(self.heads.n)
             if self.heads.freeze_trunk and self.schedule.start:
                 raise ValueError("schedule.start goes with a trunk that is trained; else nothing is, before it")
+        if self.teacher_top_k and (self.stream or not self.max_states_gb):
+            raise ValueError("teacher_top_k is of what is kept on disk: it needs max_states_gb, and no stream")
+        if self.teacher_top_k and self.heads is not None:
+            if self.heads.objective.follows == "text":
+                raise ValueError("teacher_top_k goes with heads.objective.follows kl, tv or lk")
+            if not self.heads.freeze_trunk:
+                raise ValueError("teacher_top_k goes with a frozen trunk")
         if self.vocabulary is not None and (self.heads is None or self.heads.output.kind != "shared"):
             raise ValueError("vocabulary goes with heads whose output is not stated otherwise")
         return self
@@ -230,7 +238,7 @@ def train(recipe: Recipe, out: str | Path, say: Say = print) -> MultiTokenModel:
     if recipe.vocabulary is not None and not trained_on:
         _choose_vocabulary(model, packed, tokenizer, say)
     if recipe.compile:
-        model.compile_layers()
+        _compile(model, arguments)
     if checkpoint:
         say(f"going on from {checkpoint}")
     if not arguments.process_index:
@@ -378,6 +386,22 @@ def _check_length(recipe: Recipe, base: PreTrainedModel) -> None:
         raise ConfigError(f"length is {recipe.length}, but the base reads {context} tokens.")
 
 
+def _compile(model: MultiTokenModel, arguments: transformers.TrainingArguments) -> None:
+    """Compile the layers.
+
+    Raises:
+        ConfigError: where that cannot work, or was never seen to.
+    """
+    if arguments.fsdp or adapter_names(model.base):
+        raise ConfigError("compile does not go with fsdp or lora yet; leave one of them out.")
+    if arguments.device.type == "cpu":
+        try:
+            require_compiler()
+        except CompileError as error:
+            raise ConfigError(f"compile: {error}.") from None
+    model.compile_layers()
+
+
 def _choose_vocabulary(
     model: MultiTokenModel, blocks: PackedBlocks | None, tokenizer: PreTrainedTokenizerBase, say: Say
 ) -> None:
@@ -412,8 +436,11 @@ def _with_outputs(
     """The blocks; with a frozen trunk's outputs on disk, where more than one pass needs them and they can be kept."""
     if not model.multi_token.freeze_trunk or not isinstance(blocks, PackedBlocks):
         return blocks
+    unused = "; teacher_top_k is not used, heads follow the whole distribution" if recipe.teacher_top_k else ""
     seen = arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
     if (seen / len(blocks) if arguments.max_steps > 0 else arguments.num_train_epochs) <= 1:
+        if unused:
+            say(f"the text is read once{unused}")
         return blocks
     follows = model.multi_token.objective.follows
     top_k = 0 if follows == "text" else recipe.teacher_top_k
@@ -427,10 +454,11 @@ def _with_outputs(
         "they would be split over processes": bool(arguments.fsdp) or arguments.world_size > 1,
         "dataloader_num_workers is set": arguments.dataloader_num_workers > 0,
         f"its outputs take {size / 1e9:.1f} GB, over max_states_gb": size > recipe.max_states_gb * 1e9,
-        f"its outputs take {size / 1e9:.1f} GB, more than the disk has free": size > shutil.disk_usage(out).free,
+        f"its outputs take {size / 1e9:.1f} GB, more than the disk has free": size - KeptOutputs.bytes_there(out)
+        > shutil.disk_usage(out).free,
     }
     if reasons := [reason for reason, holds in why_not.items() if holds]:
-        say(f"the trunk runs in every epoch: {reasons[0]}")
+        say(f"the trunk runs in every epoch: {reasons[0]}{unused}")
         return blocks
     say(f"the trunk's outputs are kept in {out} while training, {size / 1e9:.1f} GB")
     return KeptOutputs(blocks, model, top_k, out)

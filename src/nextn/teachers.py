@@ -33,7 +33,7 @@ class Teacher(ABC):
     def distribution(
         self, trunk: Trunk, output: Output, unembed: Callable[[Tensor], Tensor], temperature: float
     ) -> Distribution:
-        """The trunk's softmax(logits / temperature) at the tokens that an output can name; it sums to 1 or less.
+        """The trunk's softmax(logits / temperature) at the tokens that an output can name; it sums to about 1 or less.
 
         Args:
             unembed: from states [C, D] to the trunk's logits [C, V], callable where the loss is made.
@@ -87,8 +87,10 @@ class TopTokens(Teacher):
             largest, tokens = logits.topk(min(k, trunk.vocab_size), dim=-1)
             return tokens.int(), (largest - torch.logsumexp(logits, dim=-1, keepdim=True)).half()
 
-        tokens, log_probs = zip(*map(top, hidden.split(256, dim=1)), strict=True)  # logits of a few positions at a time
-        return cls(torch.cat(tokens, dim=1), torch.cat(log_probs, dim=1))
+        positions = hidden.flatten(0, 1).split(256)  # logits of a few positions at a time
+        tokens, log_probs = zip(*map(top, positions), strict=True)
+        batch = hidden.shape[:2]
+        return cls(torch.cat(tokens).unflatten(0, batch), torch.cat(log_probs).unflatten(0, batch))
 
     def rows(self, chosen: Tensor) -> TopTokens:
         return TopTokens(self.tokens[chosen], self.log_probs[chosen])

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nextn.adapters import adapter_names, merge_adapters
-from nextn.config import ScheduleConfig
+from nextn.config import ConfigError, ScheduleConfig
 from nextn.formats import native
 from nextn.model import MultiTokenModel, MultiTokenOutput
 
@@ -101,10 +101,12 @@ class Trainer(transformers.Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write our layout, whatever shape FSDP's own files have."""
-        if self.is_fsdp_enabled:
-            self._save(output_dir, self.accelerator.get_state_dict(self.model))
-        else:
+        if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -153,6 +155,12 @@ class Trainer(transformers.Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with_fsdp = any(Path(resume_from_checkpoint).glob("pytorch_model_fsdp*"))
+        if with_fsdp != self.is_fsdp_enabled:
+            raise ConfigError(
+                f"{resume_from_checkpoint} was written with{'' if with_fsdp else 'out'} FSDP and can only be resumed "
+                "so; go on with the setting that it had, or choose another directory."
+            )
         if self.is_fsdp_enabled:  # accelerate wrote all parameters, heads included, and hands out the shards
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return

@@ -65,7 +65,7 @@ def compiled(module: nn.Module, inputs: tuple[Any, ...], progress: Progress = on
     name = type(module).__name__.lower()
     path = package_directory() / f"{name}-{key(module, inputs)}.pt2"
     if not path.is_file():
-        _require_compiler()
+        require_compiler()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with progress(f"compiling {name} (a minute or two; kept for the next time)"):
@@ -185,7 +185,8 @@ def remember(name: str, value: int) -> None:
         return
 
 
-def _require_compiler() -> None:
+def require_compiler() -> None:
+    """Raise CompileError where there is no C++ compiler."""
     compiler = os.environ.get("CXX", "clang++" if platform.system() == "Darwin" else "g++")
     if shutil.which(compiler) is None:
         raise CompileError(f"there is no C++ compiler ({compiler}); install one, or name yours in $CXX")
