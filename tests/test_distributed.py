@@ -1,4 +1,4 @@
-"""One process and two (FSDP2 over gloo) train the same model, through the command line."""
+"""One process and two (FSDP2 or data parallelism, over gloo) train the same model, through the command line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from conftest import make_host, make_tokenizer
         ("llama", False, "FULL_STATE_DICT"),
         ("qwen3", False, "SHARDED_STATE_DICT"),
         ("llama", True, "SHARDED_STATE_DICT"),
+        ("llama", False, None),
     ],
 )
 def test_two_processes_train_what_one_does(family, frozen, stored, tmp_path):
@@ -49,25 +51,36 @@ def test_two_processes_train_what_one_does(family, frozen, stored, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     sharded = {"version": 2, "transformer_layer_cls_to_wrap": [type(make_host(family).model.layers[0]).__name__]}
     launches = {
-        "one": [sys.executable, "-m"],
-        "two": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"],
+        "one": [sys.executable],
+        "two": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"],
     }
     options = {
         "one": [],
         "two": [
             "--set=training.per_device_train_batch_size=2",
-            "--set=training.fsdp=true",
-            f"--set=training.fsdp_config={json.dumps(sharded | {'state_dict_type': stored})}",
         ],
     }
+    if stored:
+        options["two"] += [
+            "--set=training.fsdp=true",
+            f"--set=training.fsdp_config={json.dumps(sharded | {'state_dict_type': stored})}",
+        ]
 
     def launch(name: str, out: str) -> subprocess.CompletedProcess[str]:
-        command = [*launches[name], "nextn.cli", "train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / out)]
+        command = [
+            *launches[name],
+            str(Path(__file__).with_name("fsdp_on_cpu.py")),
+            "train",
+            str(tmp_path / "recipe.yaml"),
+            "--out",
+            str(tmp_path / out),
+        ]
         return subprocess.run([*command, *options[name]], capture_output=True, text=True, timeout=600, check=False)
 
     def run(name: str, out: str) -> str:
         done = launch(name, out)
         assert done.returncode == 0, done.stderr[-3000:]
+        assert f"parameters are {'DTensor' if name == 'two' and stored else 'Tensor'}" in done.stdout
         return done.stdout
 
     run("one", "one")

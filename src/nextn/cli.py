@@ -105,11 +105,15 @@ def train(
     ] = None,
 ) -> None:
     """Train by a recipe: from scratch, heads on a frozen model, or both together."""
+    from accelerate import PartialState
+
     from nextn.recipe import Recipe
     from nextn.recipe import train as run
 
     given = {name: value for name, value in (("base", base), ("data", data)) if value}
     run(Recipe.read(recipe, given, change or []), out, say=console.print)
+    PartialState().wait_for_everyone()  # of several processes, the first one writes
+    PartialState().destroy_process_group()
 
 
 @app.command()

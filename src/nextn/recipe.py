@@ -252,6 +252,8 @@ def train(recipe: Recipe, out: str | Path, say: Say = print) -> MultiTokenModel:
         processing_class=tokenizer,
         schedule=recipe.schedule,
     )
+    if arguments.fsdp and not trainer.is_fsdp_enabled:  # accelerate goes on without a word, all weights in each process
+        raise ConfigError("training.fsdp shards over several accelerators; here there are none: leave it out.")
     trainer.train(resume_from_checkpoint=checkpoint)
     if validation is not None:
         trainer.evaluate()

@@ -127,7 +127,9 @@ class Trainer(transformers.Trainer):
             save_file({name: parts["base"][name].contiguous() for name in adapters}, path)
             base_hash = self._base_hash
         else:
-            model.base.save_pretrained(native.writable(directory), state_dict=parts["base"])
+            tied = getattr(model.base, "all_tied_weights_keys", {})  # gathered, they no longer share memory
+            whole = {name: tensor for name, tensor in parts["base"].items() if name not in tied}
+            model.base.save_pretrained(native.writable(directory), state_dict=whole)
             base_hash = native.hash_of(model.base, directory)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(directory)
