@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from accelerate.state import PartialState
@@ -25,7 +26,8 @@ def telling(self: training.Trainer, *args: Any, **kwargs: Any) -> None:
     save_model(self, *args, **kwargs)
 
 
-PartialState.__init__ = as_on_accelerators
+if "--set=training.fsdp=true" in sys.argv:
+    PartialState.__init__ = as_on_accelerators
 training.Trainer.save_model = telling
 
 if __name__ == "__main__":
