@@ -82,7 +82,7 @@ def main(
 
     layers = sum(parameter.numel() for parameter in model.trunk.layers.parameters())
     module = sum(p.numel() for p in model.heads.parameters() if p.ndim > 1)
-    table = model.heads.output.size(model.trunk) * model.trunk.width
+    table = model.heads.output.operations(model.trunk)
     operations = (layers + (n - 1) * (3 * module + 2 * table)) / layers
     under = {"attached, all compiled": "compiled trunk, forward"}
     ratios = {

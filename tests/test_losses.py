@@ -9,7 +9,7 @@ import torch
 
 import nextn
 from conftest import MORE_KINDS, VOCAB, make_host
-from nextn.config import ObjectiveConfig, ScheduleConfig
+from nextn.config import ObjectiveConfig, OutputConfig, ScheduleConfig
 from nextn.losses import IGNORE, Depth, depth_losses, targets_at
 from nextn.output import SharedOutput, TrimmedOutput
 from nextn.teachers import TopTokens, TrunkStates
@@ -34,6 +34,38 @@ def slow_loss(model, ids, labels, documents, positions, denominator=None):
                 logits = model.trunk.unembedding(states[k - 1][row, t])
                 total = total - weights[k - 1] * logits.log_softmax(-1)[labels[row, t + k]]
     return total / (denominator or count)
+
+
+@pytest.mark.parametrize("stated", ["separate", "low_rank:6", "trimmed:20", "trimmed:20,own,each", "clustered:8:2,own"])
+@pytest.mark.parametrize("kind", ["recurrent", "parallel", "shared_kv"])
+def test_every_output_has_the_loss_and_gradients_of_its_definition(stated, kind):
+    """Σ_k w_k of -log softmax over all that can be named, and of the clusters beside it."""
+    torch.manual_seed(0)
+    config = nextn.MultiTokenConfig(n=3, output=OutputConfig.parse(stated), **MORE_KINDS[kind])
+    model = nextn.attach(make_host("llama").double(), config)
+    ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loss = model(ids, labels=ids).loss
+    grads = torch.autograd.grad(loss, trained)
+    text = nextn.model.as_text(ids, None, None)
+    _hidden, tapped = model._run_trunk(text)
+    expected = 0.0
+    for k, (state, weight) in enumerate(zip(model.heads(model.trunk, tapped, text), model.weights[1:], strict=True), 2):
+        output = model.heads.output.at(k)
+        for row in range(2):
+            for t in range(9 - k):
+                target = int(ids[row, t + k])
+                if stated.startswith("clustered"):
+                    q = output.table(state[row, t]).log_softmax(-1)
+                    cluster = int((output.members() == target).any(dim=1).nonzero())
+                    expected -= weight * output.centroids(state[row, t].detach()).log_softmax(-1)[cluster]
+                else:
+                    q = output(model.trunk, state[row, t]).log_softmax(-1)
+                if q[target] > -torch.inf:
+                    expected -= weight * q[target]
+    torch.testing.assert_close(loss.double(), expected / 16, rtol=1e-6, atol=1e-9)
+    for ours, theirs in zip(grads, torch.autograd.grad(expected / 16, trained), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", MORE_KINDS)

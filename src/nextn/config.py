@@ -31,24 +31,76 @@ class Strict(BaseModel):
 class OutputConfig(BaseModel):
     """The projection to the vocabulary.
 
-    kind: `shared` (the trunk's unembedding), `separate` (a table of its own for each module of the heads) or `trimmed`
-        (a subset of the trunk's rows).
+    kind: `shared` (the trunk's unembedding), `separate` (a table of its own for each module of the heads), `low_rank`
+        (a table of its own that is a product of two thin ones), `trimmed` (a subset of the trunk's rows) or `clustered`
+        (a state chooses clusters of tokens, and only those are scored).
     size: how many tokens a trimmed output can name.
-    own: whether a trimmed output has rows of its own, rather than the trunk's.
+    rank: of a low-rank table.
+    clusters, top_clusters: how many clusters a clustered output has, and how many of them it scores for a state
+        (default: 32).
+    own: whether a trimmed or clustered output has rows of its own, rather than the trunk's.
+    each: whether each module of the heads has such an output of its own.
     """
 
     model_config = ConfigDict(extra="forbid")
-    kind: Literal["shared", "separate", "trimmed"] = "shared"
+    kind: Literal["shared", "separate", "low_rank", "trimmed", "clustered"] = "shared"
     size: int | None = Field(default=None, ge=1)
+    rank: int | None = Field(default=None, ge=1)
+    clusters: int | None = Field(default=None, ge=2)
+    top_clusters: int | None = Field(default=None, ge=1)
     own: bool = False
+    each: bool = False
 
     @model_validator(mode="after")
     def _sized(self) -> OutputConfig:
-        if self.own and self.kind != "trimmed":
-            raise ValueError("output.own goes with a trimmed output; a separate one always has rows of its own")
-        if (self.size is not None) != (self.kind == "trimmed"):
-            raise ValueError("give output.size for a trimmed output, and only for that")
+        if self.own and self.kind not in ("trimmed", "clustered"):
+            raise ValueError("output.own goes with trimmed and clustered; separate and low_rank always have own rows")
+        for name, kind in (("size", "trimmed"), ("rank", "low_rank"), ("clusters", "clustered")):
+            if (getattr(self, name) is not None) != (self.kind == kind):
+                raise ValueError(f"give output.{name} for a {kind} output, and only for that")
+        if self.kind == "clustered":
+            self.top_clusters = self.top_clusters or min(32, self.clusters or 0)
+            if self.top_clusters > (self.clusters or 0):
+                raise ValueError(f"output.top_clusters is {self.top_clusters}, but there are {self.clusters} clusters")
+        elif self.top_clusters is not None:
+            raise ValueError("output.top_clusters goes with a clustered output")
+        if self.each and not (self.has_own_table and self.kind != "separate"):
+            raise ValueError("output.each goes with low_rank, and with own rows; a separate output is one each already")
         return self
+
+    @property
+    def has_own_table(self) -> bool:
+        """Whether states meet rows that belong to the heads, and may have another width than the trunk's."""
+        return self.kind in ("separate", "low_rank") or self.own
+
+    def __str__(self) -> str:
+        """Such as `trimmed:8192`, `low_rank:64`, `clustered:512:32,own`; `parse` reads it."""
+        sizes = [self.size or self.rank or self.clusters, self.top_clusters]
+        flags = [name for name in ("own", "each") if getattr(self, name)]
+        return ",".join([":".join([self.kind, *(str(size) for size in sizes if size)]), *flags])
+
+    @classmethod
+    def parse(cls, stated: str) -> OutputConfig:
+        """The config that a short form such as `trimmed:8192` stands for.
+
+        Raises:
+            ConfigError: where it cannot be read.
+        """
+        first, *flags = stated.split(",")
+        kind, *sizes = first.split(":")
+        names = {"low_rank": ["rank"], "trimmed": ["size"], "clustered": ["clusters", "top_clusters"]}.get(kind, [])
+        try:
+            if len(sizes) > len(names):
+                raise ValueError(f"{kind} takes {len(names) or 'no'} numbers")
+            given = dict(zip(names, map(int, sizes), strict=False))
+            return cls(kind=kind, **given, **dict.fromkeys(flags, True))  # type: ignore[arg-type]
+        except ValidationError as error:
+            raise ConfigError(_readable(error, f"output {stated}")) from None
+        except ValueError as error:
+            raise ConfigError(
+                f"The output {stated} is not usable: {error}; write shared, separate, low_rank:RANK, trimmed:SIZE or "
+                "clustered:CLUSTERS:TOP, with ,own or ,each behind it."
+            ) from None
 
 
 class WeightsConfig(BaseModel):

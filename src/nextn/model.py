@@ -205,6 +205,8 @@ class MultiTokenModel(PreTrainedModel):
         for output, objective, members in self._passes(sorted(depths)):
             found = depth_losses(self.trunk, output, [depths[k] for k in members], objective)
             total = total + found.total
+            if output.ranking is not None:
+                total = total + depth_losses(self.trunk, output.ranking, [depths[k] for k in members]).total
             for place, k in enumerate(members):
                 count = (depths[k].targets != IGNORE).sum().clamp(min=1)
                 losses[k - 1], overlaps[k - 1] = found.sums[place] / count, found.overlaps[place] / count
@@ -376,6 +378,14 @@ def _leading(hits: dict[int, Tensor], targets: Tensor, n: int) -> Tensor:
     return torch.where(targets == IGNORE, -1, count)
 
 
+def fit_output(model: MultiTokenModel) -> None:
+    """Start an output from the trunk's unembedding, where it is as wide as what the output reads."""
+    table = model.trunk.unembedding.weight
+    width = model.heads.output_width(model.multi_token, model.trunk)
+    if not table.is_meta and (width == table.shape[1] or not model.multi_token.output.has_own_table):
+        model.heads.output.fit(table)
+
+
 def end_tokens(base: PreTrainedModel) -> list[int]:
     """The end tokens that a model's generation config names."""
     end = base.generation_config.eos_token_id if base.generation_config else None
@@ -410,6 +420,7 @@ def attach(
     """
     model = MultiTokenModel(base, config)
     check_logits(model.trunk)
+    fit_output(model)
     if calibration is not None:
         batch = {name: tensor.to(model.trunk.device) for name, tensor in calibration.items()}
         text = as_text(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))

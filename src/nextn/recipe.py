@@ -407,13 +407,14 @@ def _compile(model: MultiTokenModel, arguments: transformers.TrainingArguments) 
 def _choose_vocabulary(
     model: MultiTokenModel, blocks: PackedBlocks | None, tokenizer: PreTrainedTokenizerBase, say: Say
 ) -> None:
-    output = model.heads.output
-    assert isinstance(output, TrimmedOutput)
     if blocks is None:
         raise ConfigError("vocabulary counts the tokens of the data, and stream does not hold them.")
     labels = blocks.labels
     special = [token for token in tokenizer.all_special_ids if token < model.trunk.vocab_size]
-    output.keep(most_frequent(labels, output.size(model.trunk), model.trunk.vocab_size, special), model.trunk)
+    for output in model.heads.output.parts():
+        assert isinstance(output, TrimmedOutput)
+        kept = most_frequent(labels, output.size(model.trunk), model.trunk.vocab_size, special)
+        output.keep(kept, model.trunk.unembedding.weight)
     covered = (output.targets(labels) >= 0).float().mean().item()
     say(f"drafts can name {output.size(model.trunk):,} tokens, {covered:.1%} of the text")
 

@@ -362,13 +362,12 @@ def contents(directory: str | Path) -> dict[str, Any]:
         parts[part] = _size(tensor for name, tensor in tensors.items() if _part(name) == part)
     parts["all heads"] = _size(tensors.values())
     config = MultiTokenConfig(**description["multi_token"])
-    output = config.output.kind + (f", {config.output.size:,} tokens" if config.output.size else "")
     return {
         "base": f"{description['base']['name']} ({description['base']['architecture']})",
         "hash": description["base"]["hash"],
         "heads": config.kind,
         "n": config.n,
-        "output": output,
+        "output": str(config.output),
         "tap": config.tap,
         "parts": parts,
     }

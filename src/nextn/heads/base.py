@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nextn.config import ConfigError, MultiTokenConfig, Tap
-from nextn.output import Output, best, build_output
+from nextn.output import Output, build_output
 from nextn.trunk import RaggedCache, Trunk, causal
 
 
@@ -153,5 +153,4 @@ class Heads(nn.Module, ABC):
 
     def _pick(self, trunk: Trunk, state: Tensor, depth: int) -> Tensor:
         """The best token [B] for states [B, D] of a depth."""
-        output = self.output.at(depth)
-        return output.token_ids(best(output(trunk, state)))
+        return self.output.at(depth).best_token(trunk, state)

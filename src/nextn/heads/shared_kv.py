@@ -30,7 +30,7 @@ class QueryLayer(nn.Module):
         super().__init__()
         self.kind = kind
         self.heads, self.head_width = trunk.attention_shape()
-        inner = 4 * width
+        inner = 8 * width  # as in all released Gemma 4 drafters
         self.q_proj = nn.Linear(width, self.heads * self.head_width, bias=False)
         self.q_norm = nn.RMSNorm(self.head_width, eps=1e-6)
         self.o_proj = nn.Linear(self.heads * self.head_width, width, bias=False)
@@ -78,7 +78,7 @@ class SharedKVHeads(Heads):
         self.layers = nn.ModuleList(QueryLayer(trunk, width, kind) for kind in self.kinds)
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.post_projection = nn.Linear(width, trunk.width, bias=False)
-        self.own_table = config.output.kind == "separate" or config.output.own
+        self.own_table = config.output.has_own_table
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1 and not name.startswith("output."):
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
