@@ -214,8 +214,8 @@ class MultiTokenConfig(Strict):
         with the trunk's own keys and values; Gemma 4).
     recurrent: sequential only; one module for all depths (FastMTP) rather than one each.
     dense: on a host with experts, build heads from its dense layers rather than from its last one (MiMo, LongCat).
-    drafter_width, drafter_layers: shared_kv only; the width of its thin layers (default: half the trunk's), and their
-        number.
+    drafter_width, drafter_layers, drafter_heads: shared_kv only; the width of its thin layers (default: half the
+        trunk's), their number, and that of their query heads (default: the trunk's).
     state_noise: recurrent only; how many of the states that a step reads in training are taken from a shorter chain
         for the same place, as the states of a drafting step are better or worse (Nemotron 3 Ultra).
     head: parallel only; each head is a `transformer` layer (Gloeckle), one `linear` map, or a `residual_mlp` (Medusa).
@@ -241,6 +241,7 @@ class MultiTokenConfig(Strict):
     dense: bool = False
     drafter_width: int | None = Field(default=None, ge=1)
     drafter_layers: int = Field(default=4, ge=1)
+    drafter_heads: int | None = Field(default=None, ge=1)
     state_noise: float = Field(default=0.0, ge=0, le=1)
     head: Literal["transformer", "linear", "residual_mlp"] = "transformer"
     chaining: Literal["none", "causal", "anticausal"] = "none"
@@ -266,8 +267,8 @@ class MultiTokenConfig(Strict):
             raise ValueError("eagle3 fuses the states of three layers: give tap as a list of three, or leave it out")
         if self.dense and self.heads not in ("parallel", "sequential"):
             raise ValueError("dense applies to parallel and sequential heads only")
-        if self.drafter_width is not None and self.heads != "shared_kv":
-            raise ValueError("drafter_width applies to shared_kv heads only")
+        if self.heads != "shared_kv" and (self.drafter_width or self.drafter_heads):
+            raise ValueError("drafter_width and drafter_heads apply to shared_kv heads only")
         if self.heads != "parallel" and (self.head != "transformer" or self.chaining != "none"):
             raise ValueError("head and chaining apply to parallel heads only")
         self.weights.check_length(self.n)

@@ -249,10 +249,11 @@ class Trunk:
         ropes = self.config.rope_parameters
         return float(ropes.get("full_attention", ropes).get("rope_theta", 10_000.0))
 
-    def attention_shape(self) -> tuple[int, int]:
-        """How many query heads attention has, and how wide they are."""
-        heads = int(self.config.num_attention_heads)
-        return heads, getattr(self.config, "head_dim", None) or self.width // heads
+    def attention_shape(self, layer: int = -1) -> tuple[int, int, int]:
+        """How many query heads and key heads a layer's attention has, and how wide they are (in Gemma 4 it varies)."""
+        attention, heads = self.attention(layer), int(self.config.num_attention_heads)
+        groups = getattr(attention, "num_key_value_groups", 1)  # compressed keys (MLA) have neither
+        return heads, heads // groups, getattr(attention, "head_dim", self.width // heads)
 
     def attention(self, layer: int) -> Any:
         """The attention module of a layer."""
@@ -276,7 +277,9 @@ class Trunk:
         Raises:
             HostError: for a host that rotates neighbouring channels together (GLM-4, Cohere).
         """
-        heads, width = self.attention_shape()
+        if self.device.type == "meta":
+            return
+        heads, _, width = self.attention_shape()
         kind = self.last_layer_type
         states = torch.linspace(-1, 1, heads * 3 * width, device=self.device).view(1, heads, 3, width)
         positions = torch.arange(3, device=self.device)[None]

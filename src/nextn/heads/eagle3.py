@@ -145,14 +145,14 @@ def usual_layers(trunk: Trunk) -> list[int]:
 def llama_config(trunk: Trunk) -> LlamaConfig:
     """A Llama layer as wide as the host's, with as many heads."""
     host = trunk.config
-    heads = host.num_attention_heads
+    heads, key_heads, head_width = trunk.attention_shape()
     config = LlamaConfig(
         hidden_size=trunk.width,
         intermediate_size=host.intermediate_size,
         num_hidden_layers=1,
         num_attention_heads=heads,
-        num_key_value_heads=getattr(host, "num_key_value_heads", None) or heads,
-        head_dim=getattr(host, "head_dim", None) or trunk.width // heads,
+        num_key_value_heads=key_heads,
+        head_dim=head_width,
         rms_norm_eps=getattr(host, "rms_norm_eps", 1e-6),
         max_position_embeddings=host.max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": trunk.rope_theta},

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nextn.config import MultiTokenConfig
+from nextn.config import ConfigError, MultiTokenConfig
 from nextn.heads.base import Heads, Text, Window
 from nextn.heads.sequential import ahead
 from nextn.trunk import HostError, RaggedCache, Trunk, VisibleFn, attend
@@ -24,12 +24,18 @@ class QueryLayer(nn.Module):
 
     Args:
         kind: the layer type of the trunk whose keys it reads.
+        heads: how many queries; default: as many as the trunk has.
     """
 
-    def __init__(self, trunk: Trunk, width: int, kind: str) -> None:
+    def __init__(self, trunk: Trunk, width: int, kind: str, heads: int | None) -> None:
         super().__init__()
         self.kind = kind
-        self.heads, self.head_width = trunk.attention_shape()
+        theirs, key_heads, self.head_width = trunk.attention_shape(trunk.last_layer_of(kind) or 0)
+        self.heads = heads or theirs
+        if self.heads % key_heads:
+            raise ConfigError(
+                f"drafter_heads is {self.heads}, but the base has {key_heads} key heads: take a multiple."
+            )
         inner = 8 * width  # as in all released Gemma 4 drafters
         self.q_proj = nn.Linear(width, self.heads * self.head_width, bias=False)
         self.q_norm = nn.RMSNorm(self.head_width, eps=1e-6)
@@ -75,7 +81,7 @@ class SharedKVHeads(Heads):
         last = (trunk.last_layer_of(kind) for kind in sorted(set(self.kinds)))
         self.reads = tuple(place for place in last if place is not None)
         self.pre_projection = nn.Linear(2 * trunk.width, width, bias=False)
-        self.layers = nn.ModuleList(QueryLayer(trunk, width, kind) for kind in self.kinds)
+        self.layers = nn.ModuleList(QueryLayer(trunk, width, kind, config.drafter_heads) for kind in self.kinds)
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.post_projection = nn.Linear(width, trunk.width, bias=False)
         self.own_table = config.output.has_own_table
