@@ -2,8 +2,8 @@
 
 In an assistant's directory: `masked_embedding.centroids.weight` [C, d], `masked_embedding.token_ordering` [V], and the
 rows, `model.embed_tokens.weight` [V, d], which its unembedding is tied to; in its config `use_ordered_embeddings`,
-`num_centroids` and `centroid_intermediate_top_k`. Beside the layout, one thing differs: transformers fills the logits of
-tokens that were not scored with the smallest logit minus 1, which leaves them some probability; ours have none.
+`num_centroids` and `centroid_intermediate_top_k`. One thing differs beside the layout: transformers fills the logits
+of tokens that were not scored with the smallest logit minus 1, which leaves them some probability; ours have none.
 """
 
 from __future__ import annotations

@@ -33,9 +33,7 @@ class QueryLayer(nn.Module):
         theirs, key_heads, self.head_width = trunk.attention_shape(trunk.last_layer_of(kind) or 0)
         self.heads = heads or theirs
         if self.heads % key_heads:
-            raise ConfigError(
-                f"drafter_heads is {self.heads}, but the base has {key_heads} key heads: take a multiple."
-            )
+            raise ConfigError(f"drafter_heads is {self.heads}: take a multiple of the base's {key_heads} key heads.")
         inner = 8 * width  # as in all released Gemma 4 drafters
         self.q_proj = nn.Linear(width, self.heads * self.head_width, bias=False)
         self.q_norm = nn.RMSNorm(self.head_width, eps=1e-6)
