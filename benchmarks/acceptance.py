@@ -9,7 +9,6 @@ new tokens take a few minutes on two cores with the bundled model and its heads.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from nextn.data import prompt_ids, read_prompts
-from nextn.decoding.engine import Generation
-from nextn.distill import like_lengths_together
-from nextn.evaluation.acceptance import DEFINITIONS, Acceptance
+from nextn.evaluation.acceptance import DEFINITIONS, Acceptance, decoded
 from nextn.evaluation.report import acceptance_json, machine, percent
 from nextn.formats.bundled import NAME
 from nextn.formats.native import open_for_decoding
@@ -37,16 +34,12 @@ def main(
 ) -> None:
     records = read_prompts(prompts)
     engine, tokenizer = open_for_decoding(heads, dtype=dtype, rows=rows)
-    texts = [prompt_ids(tokenizer, record["prompt"]) for record in records]
-    order = like_lengths_together([len(text) for text in texts], len(texts))
-    found: dict[str, list[Generation]] = defaultdict(list)
+    texts = [(record.get("category", "all prompts"), prompt_ids(tokenizer, record["prompt"])) for record in records]
     with Progress() as bar:
         task = bar.add_task("decoding", total=len(texts))
-        for place, result in engine.generate([texts[index] for index in order], new_tokens):
-            found[records[order[place]].get("category", "all prompts")].append(result)
-            bar.advance(task)
+        found = decoded(engine, texts, new_tokens, lambda: bar.advance(task))
 
-    figures = {name: Acceptance.of(results, engine.n) for name, results in sorted(found.items())}
+    figures = {name: Acceptance.of(results, engine.n) for name, results in found.items()}
     overall = Acceptance.of([result for results in found.values() for result in results], engine.n)
     table = Table(
         title=f"{heads}: {len(texts)} prompts, {new_tokens} new tokens, greedy, {dtype}", title_justify="left"

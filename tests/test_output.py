@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from conftest import VOCAB, make_host
 from nextn.clustering import balanced_clusters
 from nextn.config import ConfigError, OutputConfig
-from nextn.output import ClusteredOutput, EachOutput, LowRankOutput, OwnOutput, best, build_output, most_frequent
+from nextn.output import ClusteredOutput, EachOutput, LowRankOutput, OwnOutput, best, build_output
 from nextn.trunk import Trunk
 
 TRUNK = Trunk(make_host("llama"))
@@ -53,11 +53,6 @@ def test_a_subset_must_be_distinct_and_fit():
     ):
         with pytest.raises(ConfigError, match=message):
             build_output(OutputConfig.parse(stated), TRUNK)
-
-
-def test_the_most_frequent_tokens_are_kept_and_those_that_must():
-    ids = torch.tensor([5, 5, 5, 9, 9, 7, 1])
-    assert most_frequent(ids, 3, VOCAB, always=[2]).tolist() == [2, 5, 9]
 
 
 def test_best_is_argmax_also_where_several_are_equal():

@@ -118,6 +118,134 @@ def train(
 
 @app.command()
 @_plainly
+def compress(
+    heads: Annotated[str, typer.Argument(help="Heads that nextn wrote, or the name of the bundled model.")],
+    out: Annotated[Path, typer.Option(help="Where the heads go.")],
+    output: Annotated[
+        str,
+        typer.Option(help="shared, separate, low_rank, trimmed, clustered (or short: trimmed:8192), or auto."),
+    ],
+    size: Annotated[int | None, typer.Option(help="trimmed: how many tokens drafts can name.")] = None,
+    rank: Annotated[int | None, typer.Option(help="low_rank: its rank.")] = None,
+    clusters: Annotated[int | None, typer.Option(help="clustered: how many clusters of tokens.")] = None,
+    top_clusters: Annotated[int | None, typer.Option(help="clustered: how many a state scores.")] = None,
+    own: Annotated[bool, typer.Option("--own", help="trimmed, clustered: rows of its own, not the trunk's.")] = False,
+    each: Annotated[bool, typer.Option("--each", help="An output for each module of the heads.")] = False,
+    depths: Annotated[
+        str | None, typer.Option(help="Predict so many tokens, no more than before; auto: as many as pay here.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Text: counted for a trimmed output, trained on with --steps; repeatable.")
+    ] = None,
+    category: Annotated[str | None, typer.Option(help="Count only records of this category.")] = None,
+    script: Annotated[
+        list[str] | None, typer.Option(help="Keep only tokens of this script, such as latin; repeatable.")
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="A JSON list of the token ids that a trimmed output keeps.")
+    ] = None,
+    keep: Annotated[float, typer.Option(min=0, max=1, help="auto: the share of the acceptance to keep.")] = 0.95,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of recovery training.")] = 0,
+    learning_rate: Annotated[float, typer.Option(min=1e-9, help="Of recovery training.")] = 5e-4,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines with `prompt` and `category`, to measure on. Default: the demo's.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="So many prompts, from each category in turn.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens a prompt.")] = 96,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
+) -> None:
+    """Give trained heads a smaller output or fewer depths, and say what acceptance that cost."""
+    from nextn.compress import AUTO, Compression
+    from nextn.compress import compress as run
+    from nextn.config import OutputConfig
+    from nextn.formats.native import writable
+
+    if json_file is not None:
+        writable(json_file.parent)
+    fields: dict[str, Any] = {"size": size, "rank": rank, "clusters": clusters, "top_clusters": top_clusters}
+    given = {name: value for name, value in (fields | {"own": own, "each": each}).items() if value}
+    wanted = Compression(
+        heads=heads,
+        output=output if output == AUTO else str(OutputConfig.parse(output, **given)),
+        depths=int(depths) if depths and depths.isdigit() else depths,
+        data=data or [],
+        category=category,
+        scripts=script or [],
+        tokens=tokens,
+        keep=keep,
+        steps=steps,
+        learning_rate=learning_rate,
+        prompts=prompts,
+        count=count,
+        new_tokens=new_tokens,
+    )
+    found = run(wanted, out, console)
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=2) + "\n")
+
+
+@app.command()
+@_plainly
+def budget(
+    model: Annotated[str, typer.Argument(help="A config file, a directory, a hub name; only the config is needed.")],
+    heads: Annotated[
+        list[str] | None,
+        typer.Option(help="recurrent, distinct, parallel, eagle3, shared_kv; repeatable; default: all."),
+    ] = None,
+    n: Annotated[list[int] | None, typer.Option(help="Tokens predicted; repeatable. Default: 2 to 8.")] = None,
+    output: Annotated[
+        list[str] | None,
+        typer.Option(help="Such as trimmed:8192; repeatable; auto: by --measured. Default: one of each."),
+    ] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="field=value of the heads: drafter_width=256; repeatable.")
+    ] = None,
+    depths: Annotated[str | None, typer.Option(help="auto: say which n is the fastest.")] = None,
+    acceptance: Annotated[
+        str | None, typer.Option(help="Conditional, of draft 1, 2, …: 0.8,0.7. The last one holds for the rest.")
+    ] = None,
+    measured: Annotated[Path | None, typer.Option(help="Acceptance by output, from nextn compress --json.")] = None,
+    keep: Annotated[float, typer.Option(min=0, max=1, help="auto: the share of the acceptance to keep.")] = 0.95,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 1,
+    context: Annotated[int, typer.Option(min=0, help="Positions in the cache of each row.")] = 1024,
+    bandwidth: Annotated[
+        float | None, typer.Option(min=1e-3, help="GB/s. Default: as measured on this machine.")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(min=1e-6, help="TFLOP/s. Default: as measured here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
+) -> None:
+    """Say what heads and outputs would weigh and cost on a model, and when drafting would pay; allocates nothing."""
+    from nextn.evaluation.budget import Budget, fields_of, shares_of
+    from nextn.evaluation.budget import budget as run
+    from nextn.evaluation.roofline import measure_machine
+    from nextn.formats.bundled import best_dtype
+    from nextn.formats.native import writable
+
+    if json_file is not None:
+        writable(json_file.parent)
+    here = measure_machine(best_dtype(), 2**29) if bandwidth is None or rate is None else {}
+    asked = Budget(
+        model=model,
+        heads=heads or (),
+        outputs=output or (),
+        n=n or (),
+        depths=depths,
+        fields=fields_of(change or []),
+        conditional=shares_of(acceptance),
+        measured=measured,
+        keep=keep,
+        batch=batch,
+        context=context,
+        bandwidth=here["bandwidth"] if bandwidth is None else bandwidth * 1e9,
+        rate=here["rate"] if rate is None else rate * 1e12,
+    )
+    found = run(asked, console)
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=2) + "\n")
+
+
+@app.command()
+@_plainly
 def generate(
     model: Annotated[str, typer.Argument(help="A directory that nextn wrote, or with --heads 1 any causal model.")],
     prompt: Annotated[str, typer.Argument(help="What the user says.")],

@@ -80,8 +80,11 @@ class OutputConfig(BaseModel):
         return ",".join([":".join([self.kind, *(str(size) for size in sizes if size)]), *flags])
 
     @classmethod
-    def parse(cls, stated: str) -> OutputConfig:
+    def parse(cls, stated: str, **more: Any) -> OutputConfig:
         """The config that a short form such as `trimmed:8192` stands for.
+
+        Args:
+            more: fields beside it.
 
         Raises:
             ConfigError: where it cannot be read.
@@ -93,7 +96,7 @@ class OutputConfig(BaseModel):
             if len(sizes) > len(names):
                 raise ValueError(f"{kind} takes {len(names) or 'no'} numbers")
             given = dict(zip(names, map(int, sizes), strict=False))
-            return cls(kind=kind, **given, **dict.fromkeys(flags, True))  # type: ignore[arg-type]
+            return cls(**{"kind": kind} | given | more | dict.fromkeys(flags, True))
         except ValidationError as error:
             raise ConfigError(_readable(error, f"output {stated}")) from None
         except ValueError as error:

@@ -399,11 +399,3 @@ def _check_sizes(config: OutputConfig, trunk: Trunk, width: int) -> None:
             if near
             else f"output.clusters: a vocabulary of {vocabulary} tokens cannot be divided; choose another output."
         )
-
-
-def most_frequent(token_ids: Tensor, size: int, vocab_size: int, always: list[int]) -> Tensor:
-    """The `size` most frequent of token_ids (any shape), with the ids of `always` among them; sorted [size]."""
-    counts = torch.bincount(token_ids.flatten(), minlength=vocab_size)
-    counts[torch.tensor(always, dtype=torch.long)] = counts.max() + 1
-    # A stable sort: ties, unseen tokens among them, go to the lower id.
-    return counts.argsort(descending=True, stable=True)[:size].sort().values

@@ -29,10 +29,11 @@ from nextn.formats import FormatError, native
 from nextn.formats.bundled import sha256
 from nextn.kept import KeptOutputs
 from nextn.model import MultiTokenModel, attach
-from nextn.output import TrimmedOutput, most_frequent
+from nextn.output import TrimmedOutput
 from nextn.scratch import from_scratch
 from nextn.training import Trainer, last_checkpoint
 from nextn.trunk import context_length
+from nextn.vocabulary import coverage, most_frequent
 
 BYTES = "bytes"
 CALIBRATION_BLOCKS = 128
@@ -409,14 +410,13 @@ def _choose_vocabulary(
 ) -> None:
     if blocks is None:
         raise ConfigError("vocabulary counts the tokens of the data, and stream does not hold them.")
-    labels = blocks.labels
+    counts = torch.bincount(blocks.labels, minlength=model.trunk.vocab_size)
     special = [token for token in tokenizer.all_special_ids if token < model.trunk.vocab_size]
+    kept = most_frequent(counts, model.heads.output.size(model.trunk), always=special)
     for output in model.heads.output.parts():
         assert isinstance(output, TrimmedOutput)
-        kept = most_frequent(labels, output.size(model.trunk), model.trunk.vocab_size, special)
         output.keep(kept, model.trunk.unembedding.weight)
-    covered = (output.targets(labels) >= 0).float().mean().item()
-    say(f"drafts can name {output.size(model.trunk):,} tokens, {covered:.1%} of the text")
+    say(f"drafts can name {len(kept):,} tokens, {coverage(counts, kept):.1%} of the text")
 
 
 def _split(blocks: PackedBlocks | StreamedBlocks, recipe: Recipe) -> tuple[Any, Dataset | None]:

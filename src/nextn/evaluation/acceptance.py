@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from nextn.decoding.engine import Generation
+from nextn.decoding.engine import Engine, Generation
+from nextn.distill import like_lengths_together
 
 DEFINITIONS = (
     "τ: tokens per trunk forward after the prefill, the bonus token included, a last truncated step left out (plain "
@@ -39,6 +41,25 @@ class Acceptance:
             conditional=[_share(reached[draft], reached[draft - 1]) for draft in range(1, n)],
             cumulative=[_share(reached[draft], steps) for draft in range(1, n)],
         )
+
+
+def decoded(
+    engine: Engine,
+    prompts: Sequence[tuple[str, list[int]]],
+    new_tokens: int,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, list[Generation]]:
+    """What prompts (category, token ids) give, by category; acceptance does not depend on the batch.
+
+    Args:
+        advance: called when a prompt is done.
+    """
+    order = like_lengths_together([len(ids) for _, ids in prompts], len(prompts))
+    found: dict[str, list[Generation]] = defaultdict(list)
+    for place, result in engine.generate([prompts[index][1] for index in order], new_tokens):
+        found[prompts[order[place]][0]].append(result)
+        advance()
+    return dict(sorted(found.items()))
 
 
 def _share(part: int, whole: int) -> float:

@@ -135,11 +135,20 @@ class Heads(nn.Module, ABC):
         """The width of the states that a table of their own reads."""
         return trunk.width
 
+    def table_of_its_own(self, table: Tensor) -> Tensor:
+        """The table [V, output_width] that gives the logits of the trunk's [V, D]: what an own table starts from."""
+        return table
+
     def regions(self) -> Iterator[nn.Module]:
         """The modules that do most of the work, each called as a whole: what torch.compile is given, one by one."""
         for child in self.children():
             if child is not self.output:
                 yield from child if isinstance(child, nn.ModuleList) else (child,)
+
+    @property
+    def fusing(self) -> nn.Module | None:
+        """The module that only `read` calls, once for each state."""
+        return self.mix
 
     def read(self, hidden: Tensor) -> Tensor:
         """What was tapped [B, T, m·D] -> the state that heads start from [B, T, D]."""

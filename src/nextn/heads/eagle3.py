@@ -115,6 +115,10 @@ class Eagle3Heads(RecurrentHeads):
         with torch.no_grad():
             self.fc.weight.zero_()[:, 2 * trunk.width :] = torch.eye(trunk.width)
 
+    @property
+    def fusing(self) -> nn.Module:
+        return self.fc
+
     def read(self, hidden: Tensor) -> Tensor:
         return self.fc(hidden)
 

@@ -92,6 +92,10 @@ class SharedKVHeads(Heads):
     def output_width(config: MultiTokenConfig, trunk: Trunk) -> int:
         return config.drafter_width or trunk.width // 2
 
+    def table_of_its_own(self, table: Tensor) -> Tensor:
+        """An own table reads the thin state, which the trunk's would read projected up."""
+        return table @ self.post_projection.weight
+
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
         states, state, visible = [], self.read(hidden), text.visible
         for k in range(2, self.n + 1):

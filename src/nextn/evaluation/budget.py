@@ -1,0 +1,392 @@
+"""What multi-token prediction would weigh and cost on a model, of which only the config is needed.
+
+Trunk and heads are built as they are, on the meta device: nothing is allocated, and counts are those of real modules.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from nextn.config import ConfigError, MultiTokenConfig, OutputConfig
+from nextn.derive import stored_parameters
+from nextn.evaluation.costs import Costs, Machine, Option, best_n, cheapest, costs_of, tau_of, usual_outputs
+from nextn.formats import FormatError, native
+from nextn.formats.bundled import find
+from nextn.model import MultiTokenModel
+from nextn.trunk import HostError, Trunk
+
+AUTO = "auto"
+KINDS: dict[str, dict[str, Any]] = {
+    "recurrent": {"heads": "sequential", "recurrent": True},
+    "distinct": {"heads": "sequential"},
+    "parallel": {"heads": "parallel"},
+    "eagle3": {"heads": "eagle3"},
+    "shared_kv": {"heads": "shared_kv"},
+}
+ASSUMED = [0.7]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is asked of `budget`.
+
+    heads, outputs, n: the combinations; outputs in short form or `auto`; default: all kinds, the usual outputs, 2 … 8.
+    depths: `auto`: say which n is the fastest.
+    fields: further fields of `MultiTokenConfig`, such as drafter_width.
+    conditional: acceptance of draft 1, 2, …, given that all earlier ones stand; the last one holds for the rest.
+    measured: what `nextn compress --json` wrote: acceptance by output, which takes the place of `conditional`.
+    keep: for `auto`: the share of the acceptance to keep.
+    batch, context: rows of a step, and positions in each row's cache.
+    bandwidth, rate: bytes and operations a second of the machine.
+    """
+
+    model: str
+    heads: Sequence[str] = ()
+    outputs: Sequence[str] = ()
+    n: Sequence[int] = ()
+    depths: str | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    conditional: Sequence[float] = ()
+    measured: Path | None = None
+    keep: float = 0.95
+    batch: int = 1
+    context: int = 1024
+    bandwidth: float = 1e11
+    rate: float = 1e13
+
+
+@dataclass
+class Entry:
+    """One combination, and all that is said of it."""
+
+    heads: str
+    output: str
+    n: int
+    parameters: int
+    output_parameters: int
+    costs: Costs
+    operations: int
+    tau: float
+    speedup: float
+    stops_paying: int | None
+    slow_batches: list[int]
+
+    @property
+    def draft_share(self) -> float:
+        """What a draft reads, on average, beside what a plain step of the trunk reads."""
+        return sum(weights.met() for weights, _ in self.costs.passes) / len(self.costs.passes) / self.costs.trunk.met()
+
+    @property
+    def verify_reads(self) -> float:
+        """What a verification at batch 1 reads beside a plain step: more only where tokens choose experts."""
+        return self.costs.trunk.read(self.n) / self.costs.trunk.read(1)
+
+    def figures(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "heads": self.heads,
+            "output": self.output,
+            "n": self.n,
+            "parameters": {"heads": self.parameters, "output": self.output_parameters},
+            "bytes": 2 * (self.parameters + self.output_parameters),
+            "draft_weights": round(sum(weights.met() for weights, _ in self.costs.passes) / len(self.costs.passes)),
+            "draft_over_trunk": self.draft_share,
+            "output_operations": self.operations,
+            "verification_reads_over_trunk": self.verify_reads,
+            "verification_operations_over_trunk": self.n,
+            "tau": self.tau,
+            "speedup": self.speedup,
+            "stops_paying_at_batch": self.stops_paying,
+            "slower_below_at_batches": self.slow_batches,
+        }
+
+
+def budget(asked: Budget, console: Console) -> dict[str, Any]:
+    """Build all combinations, print what they weigh and cost, and give it as JSON has it.
+
+    Raises:
+        ConfigError, FormatError, HostError: for a config, an output or a host that cannot be used.
+    """
+    base = on_meta(asked.model)
+    trunk = Trunk(base)
+    measured = _measured(asked.measured)
+    ns = list(asked.n) or list(range(2, 9))
+    if min(ns) < 2:
+        raise ConfigError(f"n must be at least 2 (the next token and one more), not {min(ns)}.")
+    outputs, reasons = _outputs(asked, trunk, measured)
+    entries: list[Entry] = []
+    left_out: dict[str, str] = {}
+    for kind in asked.heads or KINDS:
+        for output in outputs:
+            for n in ns:
+                try:
+                    entries.append(_entry(asked, base, kind, output, n, measured))
+                except (ConfigError, HostError) as error:
+                    left_out[f"{kind}, {output}"] = str(error)
+    if not entries:
+        raise ConfigError(next(iter(left_out.values())))
+    if asked.depths not in (None, AUTO):
+        raise ConfigError(f"--depths is {asked.depths}; give auto, or numbers with --n.")
+    shown_n = 4 if 4 in ns else ns[-1]
+    shown = [entry for entry in entries if entry.n == shown_n]
+    if asked.depths == AUTO:
+        chosen = _depths(entries)
+        shown = [entry for entry, _ in chosen]
+        reasons += [f"{entry.heads}, {entry.output}: {why}" for entry, why in chosen]
+    for each in (weights_table(entries, ns), outputs_table(entries), steps_table(shown, asked)):
+        console.print(each)
+    reasons.insert(0, separate_sentence(outputs, trunk, shown_n))
+    reasons += [f"{what} is left out: {why.rstrip('.')}" for what, why in left_out.items()]
+    for reason in reasons[:8]:  # all of them are in the JSON
+        console.print(f"{reason}.", highlight=False)
+    assumed = "measured" if measured else "as given" if asked.conditional else "assumed, the same for all outputs"
+    console.print(
+        "[dim]Draft: the weights that it meets, its output included, beside those that a token meets in the trunk. "
+        "Verify: what that reads beside a plain step / how often it multiplies. Acceptance: "
+        f"{assumed}. Speed-up: expected over plain decoding, from {asked.bandwidth / 1e9:,.0f} GB/s and "
+        f"{asked.rate / 1e12:,.1f} TFLOP/s at {asked.context:,} positions. Pays below: the batch from which on "
+        "drafting is slower than plain decoding.[/dim]"
+    )
+    return {
+        "model": asked.model,
+        "trunk": {"parameters": _count(base), "weights_met": round(costs_trunk(entries).met())},
+        "entries": [entry.figures() for entry in entries],
+        "left_out": left_out,
+        "reasons": reasons,
+        "acceptance": assumed,
+        "machine": {"bandwidth": asked.bandwidth, "rate": asked.rate},
+        "batch": asked.batch,
+        "context": asked.context,
+    }
+
+
+def fields_of(changes: Sequence[str]) -> dict[str, Any]:
+    """`field=value`, with YAML for the value.
+
+    Raises:
+        ConfigError: where one cannot be read.
+    """
+    fields = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals or name not in MultiTokenConfig.model_fields:
+            raise ConfigError(f"--set {change} is no field=value of the heads.")
+        fields[name] = yaml.safe_load(value)
+    return fields
+
+
+def shares_of(stated: str | None) -> list[float]:
+    """`0.8,0.7` as numbers.
+
+    Raises:
+        ConfigError: where they are not shares.
+    """
+    try:
+        shares = [float(share) for share in stated.split(",")] if stated else []
+    except ValueError:
+        shares = [-1.0]
+    if not all(0 <= share <= 1 for share in shares):
+        raise ConfigError(f"--acceptance is {stated}; give shares between 0 and 1, such as 0.8,0.7.")
+    return shares
+
+
+def on_meta(model: str) -> PreTrainedModel:
+    """A causal language model without weights, from a config file, a directory, a hub name, or the base of heads.
+
+    Raises:
+        FormatError: where there is no such config, or transformers cannot build it.
+    """
+    try:
+        path = Path(model)
+        if path.suffix == ".json":
+            config = AutoConfig.for_model(**json.loads(path.read_text()))
+        else:
+            name = native.base_of(model) if native.has_heads(native.heads_directory(model)) else find(model)
+            config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config.get_text_config(), dtype=torch.bfloat16)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise FormatError(f"The config of {model} cannot be used: {reason}.") from None
+
+
+def costs_trunk(entries: Sequence[Entry]) -> Any:
+    """The trunk, which all entries share."""
+    return entries[0].costs.trunk
+
+
+def _entry(
+    asked: Budget, base: PreTrainedModel, kind: str, output: OutputConfig, n: int, measured: dict[str, Any]
+) -> Entry:
+    if kind not in KINDS:
+        raise ConfigError(f"There are no {kind} heads; choose from {', '.join(KINDS)}.")
+    fields: dict[str, Any] = {"n": n, "output": output.model_dump()} | KINDS[kind] | asked.fields
+    config = MultiTokenConfig(**fields)
+    with torch.device("meta"):
+        model = MultiTokenModel(base, config)
+    heads, table = stored_parameters(model.heads)
+    costs = costs_of(model)
+    machine = Machine(asked.bandwidth, asked.rate)
+    shares = measured[str(output)]["conditional"] if str(output) in measured else asked.conditional or ASSUMED
+    tau = tau_of(shares, n)
+    return Entry(
+        heads=kind,
+        output=str(output),
+        n=n,
+        parameters=heads,
+        output_parameters=table,
+        costs=costs,
+        operations=model.heads.output.operations(model.trunk),
+        tau=tau,
+        speedup=costs.speedup(machine, asked.batch, asked.context, tau),
+        stops_paying=costs.stops_paying(machine, asked.context, tau),
+        slow_batches=costs.slow_batches(machine, asked.context, tau),
+    )
+
+
+def _measured(path: Path | None) -> dict[str, dict[str, Any]]:
+    """By output: conditional acceptance, multiplications and share kept, from what compress wrote."""
+    if path is None:
+        return {}
+    try:
+        tried = json.loads(path.read_text())["tried"]
+        return {
+            each["output"]: {
+                "conditional": [share for share in each["acceptance"]["conditional"] if share is not None] or [0.0],
+                "kept": each["kept"],
+            }
+            for each in tried
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        raise FormatError(f"{path} is not what `nextn compress --json` writes.") from None
+
+
+def _outputs(asked: Budget, trunk: Trunk, measured: dict[str, Any]) -> tuple[list[OutputConfig], list[str]]:
+    """The outputs in question, and why, where they were chosen."""
+    if list(asked.outputs) != [AUTO]:
+        if asked.outputs:
+            return [OutputConfig.parse(each) for each in asked.outputs], []
+        usual = {config.kind: config for config in usual_outputs(trunk.vocab_size, trunk.width)}  # the smallest of each
+        return [OutputConfig(kind="separate"), *usual.values()], []
+    if not measured:
+        raise ConfigError("--output auto compares measured acceptance: give --measured, from nextn compress --json.")
+    options = []
+    for name, figures in measured.items():
+        with torch.device("meta"):
+            config = MultiTokenConfig(recurrent=True, output=OutputConfig.parse(name))
+            output = MultiTokenModel(trunk.model, config).heads.output
+        options.append(Option(name, output.operations(trunk), figures["kept"]))
+    chosen, why = cheapest(options, asked.keep)
+    return [OutputConfig.parse(chosen.name)], [why]
+
+
+def _depths(entries: Sequence[Entry]) -> list[tuple[Entry, str]]:
+    """For each pair of heads and output the entry whose n is the fastest, and why."""
+    groups: dict[tuple[str, str], dict[int, Entry]] = {}
+    for entry in entries:
+        groups.setdefault((entry.heads, entry.output), {})[entry.n] = entry
+    found = []
+    for by_n in groups.values():
+        n, why = best_n({n: entry.speedup for n, entry in by_n.items()})
+        found.append((by_n[n], why))
+    return found
+
+
+# --- what is printed ----------------------------------------------------------------------------------------------
+
+
+def weights_table(entries: Sequence[Entry], ns: Sequence[int]) -> Table:
+    """What heads weigh without their output, by kind and n."""
+    trunk = costs_trunk(entries)
+    title = f"heads, without their output; a token meets {short(trunk.met())} weights of the trunk"
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for column in ("heads", *(f"n = {n}" for n in ns)):
+        shown.add_column(column, justify="left" if column == "heads" else "right")
+    for kind in dict.fromkeys(entry.heads for entry in entries):
+        by_n = {entry.n: entry.parameters for entry in entries if entry.heads == kind}
+        shown.add_row(kind, *(short(by_n[n]) for n in ns))
+    return shown
+
+
+def outputs_table(entries: Sequence[Entry]) -> Table:
+    """What outputs store and multiply."""
+    met = costs_trunk(entries).met()
+    shown = Table(title="outputs", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("output", "stored", "bytes", "multiplications a draft", "of the trunk's"):
+        shown.add_column(column, justify="left" if column == "output" else "right", no_wrap=True)
+    seen: dict[str, Entry] = {}
+    for entry in entries:  # those of recurrent heads are one; else one a depth would be counted
+        if entry.output not in seen or entry.output_parameters < seen[entry.output].output_parameters:
+            seen[entry.output] = entry
+    for output, entry in seen.items():
+        stored = entry.output_parameters
+        shown.add_row(
+            output, short(stored), f"{short(2 * stored)}B", short(entry.operations), f"{entry.operations / met:.1%}"
+        )
+    return shown
+
+
+def separate_sentence(outputs: Sequence[OutputConfig], trunk: Trunk, n: int) -> str:
+    """What separate outputs for all depths would weigh, and what each compression makes of it."""
+    one = trunk.vocab_size * trunk.width
+    compressed = []
+    for config in outputs:
+        if config.kind in ("low_rank", "trimmed", "clustered"):
+            with torch.device("meta"):
+                built = MultiTokenModel(trunk.model, MultiTokenConfig(recurrent=True, output=config))
+            stored = stored_parameters(built.heads)[1]
+            left = stored * (n - 1) if config.has_own_table else stored
+            compressed.append(f"{config} {short(left) if left else 'nothing, its rows being the trunk’s'}")
+    makes = f". Of it would be left: {'; '.join(compressed)}" if compressed else ""
+    return (
+        f"One separate output weighs {short(one)} parameters ({short(2 * one)}B in bfloat16), {n - 1} of them, one for "
+        f"each depth of n = {n}, {short((n - 1) * one)} ({short(2 * (n - 1) * one)}B){makes}"
+    )
+
+
+def steps_table(entries: Sequence[Entry], asked: Budget) -> Table:
+    """What a step costs and brings."""
+    shown = Table(title=f"a step, batch {asked.batch}", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("heads", "output", "n", "draft", "verify", "τ", "speed-up", "pays below"):
+        shown.add_column(column, justify="left" if column in ("heads", "output") else "right", no_wrap=True)
+    for entry in entries:
+        shown.add_row(
+            entry.heads,
+            entry.output,
+            str(entry.n),
+            f"{entry.draft_share:.1%}",
+            f"{entry.verify_reads:.2f} / {entry.n}",
+            f"{entry.tau:.2f}",
+            f"{entry.speedup:.2f}",
+            _pays_below(entry),
+        )
+    return shown
+
+
+def _pays_below(entry: Entry) -> str:
+    stops = "any" if entry.stops_paying is None else f"{entry.stops_paying:,}"
+    slow = entry.slow_batches
+    return f"{stops}, not {slow[0]}–{slow[-1]}" if len(slow) > 1 else f"{stops}, not {slow[0]}" if slow else stops
+
+
+def short(count: float) -> str:
+    """1,234,567 as `1.23M`."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return f"{count:.0f}"
+
+
+def _count(base: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in base.parameters())
