@@ -197,7 +197,7 @@ def table(rows: Sequence[Measured]) -> Table:
     shown = Table(title="what outputs cost, and what acceptance", title_justify="left", box=SIMPLE_HEAD)
     categories = list(rows[0].by_category)
     for column in ("output", "n", "stored", "draft", "coverage", *categories, "τ", "kept"):
-        shown.add_column(column, justify="left" if column == "output" else "right", no_wrap=True)
+        shown.add_column(column, justify="left" if column == "output" else "right", no_wrap=column != "output")
     for place, row in enumerate(rows):
         figures = row.figures()
         shown.add_row(

@@ -131,7 +131,7 @@ class Costs:
         return slow
 
     def slow_batches(self, machine: Machine, context: int, tau: float) -> list[int]:
-        """Powers of two below `stops_paying` at which drafting is slower: drafts then wake experts that sleep without."""
+        """Powers of two below `stops_paying` at which drafting is slower: drafts wake experts that sleep without."""
         stops = self.stops_paying(machine, context, tau) or math.inf
         return [batch for batch in BATCHES if batch < stops and self.speedup(machine, batch, context, tau) < 1]
 
