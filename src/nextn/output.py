@@ -270,8 +270,15 @@ class ClusteredOutput(SharedOutput):
     def scores(self, trunk: Trunk, states: Tensor) -> tuple[Tensor, Tensor | None]:
         table = self.projection(trunk)
         states = states.to(table.weight.dtype)
-        ids = self.members()[self._chosen(states)].flatten(-2)  # [..., top · V / C]
-        logits = (F.embedding(ids, table.weight) @ states[..., None])[..., 0]
+        chosen = self._chosen(states)
+        ids = self.members()[chosen].flatten(-2)  # [..., top · V / C]
+        if (
+            torch.compiler.is_exporting()
+        ):  # rows in order of clusters, folded into a constant: each cluster is one block
+            blocks = table.weight[self.token_ordering].unflatten(0, (len(self.centroids.weight), -1))[chosen]
+            logits = (blocks.float() * states.float()[..., None, None, :]).sum(dim=-1).flatten(-2).to(states.dtype)
+        else:
+            logits = (F.embedding(ids, table.weight) @ states[..., None])[..., 0]
         return logits if table.bias is None else logits + table.bias[ids], ids
 
     def _chosen(self, states: Tensor) -> Tensor:
