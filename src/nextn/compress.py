@@ -129,8 +129,12 @@ def compress(wanted: Compression, out: Path, console: Console) -> dict[str, Any]
         each.notes["kept"] = _share_kept(each, before)
     chosen, reasons = _choose(wanted, tried)
     if wanted.depths is not None:
-        chosen, why = _shorten(wanted, chosen)
+        n, why = _depths(wanted, chosen)
         reasons += why
+        if n < chosen.model.multi_token.n:
+            shorter = derive(chosen.model, chosen.model.multi_token.output, n)
+            chosen = measure(f"{chosen.name}, n = {n}", shorter, prompts, wanted)
+            chosen.notes["kept"] = _share_kept(chosen, before)
     if wanted.steps:
         chosen = _recover(wanted, chosen, before, prompts, tokenizer, out, console)
     else:
@@ -279,24 +283,12 @@ def _choose(wanted: Compression, tried: list[Measured]) -> tuple[Measured, list[
     return tried[options.index(option)], [why]
 
 
-def _shorten(wanted: Compression, chosen: Measured) -> tuple[Measured, list[str]]:
-    """Leave out the deepest depths: as many as asked for, or all that do not pay at batch 1 on this machine."""
-    model, reasons = chosen.model, []
+def _depths(wanted: Compression, chosen: Measured) -> tuple[int, list[str]]:
+    """How many tokens to predict: as many as asked for, or as pay at batch 1 on this machine; and why."""
     if isinstance(wanted.depths, int):
-        n = wanted.depths
-    else:
-        n, why = best_n(speedups(model, chosen.overall.conditional))
-        reasons = [f"{why} (expected at batch 1 on this machine, by bytes and operations)"]
-    if n == model.multi_token.n:
-        return chosen, reasons
-    shorter = derive(model, model.multi_token.output, n)
-    # A prefix of the drafts stands as it did: acceptance of the drafts that stay does not change, only τ does.
-    cut = {name: _first_drafts(row, n) for name, row in chosen.by_category.items()}
-    return Measured(chosen.name, shorter, cut, _first_drafts(chosen.overall, n), chosen.coverage, {}), reasons
-
-
-def _first_drafts(row: Acceptance, n: int) -> Acceptance:
-    return Acceptance(row.steps, tau_of(row.conditional, n), row.conditional[: n - 1], row.cumulative[: n - 1])
+        return wanted.depths, []
+    n, why = best_n(speedups(chosen.model, chosen.overall.conditional))
+    return n, [f"{why} (expected at batch 1 on this machine, by bytes and operations)"]
 
 
 def speedups(model: MultiTokenModel, conditional: Sequence[float], context: int = 512) -> dict[int, float]:
