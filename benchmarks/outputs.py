@@ -3,8 +3,8 @@
     python benchmarks/outputs.py --data answers.jsonl --prompts prompts_bench.jsonl --work /tmp/outputs
 
 Each output is derived from the heads that ship for SmolLM2-135M-Instruct and recovers for the same number of steps (its
-`derived` τ is from before that, on 12 prompts); the shipped heads are measured as they are. Heads and compiled steps are
-kept in `--work`, so that the same command goes on where it was stopped. An hour on two cores.
+`derived` τ is from before that, on 12 prompts); the shipped heads are measured as they are. Heads and compiled steps
+are kept in `--work`, so that the same command goes on where it was stopped. An hour on two cores.
 """
 
 from __future__ import annotations

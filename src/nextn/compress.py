@@ -321,6 +321,7 @@ def _recover(
     recipe = Recipe(
         base=str(start),
         data=[str(path) for path in wanted.data],
+        length=min(512, chosen.model.trunk.max_length),
         training={"max_steps": wanted.steps, "learning_rate": wanted.learning_rate, "save_steps": 100},
     )
     train(recipe, out, say=console.print)
