@@ -100,7 +100,8 @@ def test_experts_can_make_drafting_pay_at_large_batches_alone():
     assert even[1] > even[64]
     tau = (even[1] + even[64]) / 2
     assert 1 in costs.slow_batches(machine, 0, tau), "a draft wakes experts that would sleep"
-    assert costs.stops_paying(machine, 0, tau) > max(costs.slow_batches(machine, 0, tau))
+    stops = costs.stops_paying(machine, 0, tau)
+    assert stops is None or stops > max(costs.slow_batches(machine, 0, tau))
 
 
 def test_tau_of_conditional_acceptance():
