@@ -76,7 +76,7 @@ def timed(function: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main(
     out: Annotated[Path, typer.Option(help="Where the figures go.")],
     shape: Annotated[str, typer.Option(help="7b or tiny.")] = "7b",
