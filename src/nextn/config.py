@@ -96,6 +96,8 @@ class OutputConfig(BaseModel):
             if len(sizes) > len(names):
                 raise ValueError(f"{kind} takes {len(names) or 'no'} numbers")
             given = dict(zip(names, map(int, sizes), strict=False))
+            if twice := sorted(given.keys() & more.keys()):
+                raise ValueError(f"its {twice[0]} is given twice")
             return cls(**{"kind": kind} | given | more | dict.fromkeys(flags, True))
         except ValidationError as error:
             raise ConfigError(_readable(error, f"output {stated}")) from None

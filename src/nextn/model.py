@@ -207,6 +207,9 @@ class MultiTokenModel(PreTrainedModel):
             total = total + found.total
             if output.ranking is not None:
                 total = total + depth_losses(self.trunk, output.ranking, [depths[k] for k in members]).total
+                for place, k in enumerate(members):  # a token whose cluster is not scored is no draft
+                    targets_k = depths[k].targets.clamp(min=0)
+                    found.hits[place] &= output.can_name(self.trunk, depths[k].states.detach(), targets_k)
             for place, k in enumerate(members):
                 count = (depths[k].targets != IGNORE).sum().clamp(min=1)
                 losses[k - 1], overlaps[k - 1] = found.sums[place] / count, found.overlaps[place] / count

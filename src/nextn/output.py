@@ -251,7 +251,7 @@ class ClusteredOutput(SharedOutput):
     The efficient embedder of Gemma 4's small drafters (E2B, E4B; May 2026), with its tensors: `centroids` [C, D] and
     `token_ordering` [V], the tokens cluster after cluster. How those were trained is not public. Here clusters come
     from balanced k-means on the table, and in training the centroids learn which cluster the target is in, while the
-    table learns over all tokens; accuracy in the log is then that of the whole table.
+    table learns over all tokens; a hit in the log is the best token of the whole table, in a cluster that is scored.
     """
 
     token_ordering: Tensor
