@@ -10,11 +10,13 @@ are kept in `--work`, so that the same command goes on where it was stopped. An 
 from __future__ import annotations
 
 import json
+import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -24,9 +26,10 @@ from rich.table import Table
 from nextn.compress import Compression, compress
 from nextn.data import prompt_ids, read_prompts
 from nextn.decoding.engine import Engine, Generation
-from nextn.derive import stored_bytes
 from nextn.distill import interleaved
-from nextn.evaluation.acceptance import DEFINITIONS, Acceptance
+from nextn.evaluation.acceptance import DEFINITIONS, Acceptance, covered
+from nextn.evaluation.costs import stored_bytes
+from nextn.evaluation.lossless import agreement, float32_twin, near_tie_bound
 from nextn.evaluation.report import acceptance_json, interval, machine
 from nextn.formats import native
 from nextn.formats.bundled import NAME, best_dtype, shipped_heads
@@ -74,15 +77,14 @@ def main(
     records = interleaved(read_prompts(prompts))[:count]
     asked = [prompt_ids(tokenizer, record["prompt"]) for record in records]
     runs: dict[str, Run] = {}
+    models: dict[str, MultiTokenModel] = {}
     for name in (PLAIN, SHIPPED, *reports):
         directory = work / _file(name) if name in reports else shipped_heads()
         model = native.load(directory, base=base)
         engine = model.engine(heads=1 if name == PLAIN else None)
         engine = engine if eager else engine.compile(lambda message, name=name: console.status(f"{name}: {message}"))
-        report = reports.get(name)
-        coverage = report["after"]["coverage"] if report else next(iter(reports.values()))["before"]["coverage"]
-        about = {} if name == PLAIN else _about(model, coverage, report and report["tried"][0]["tau"])
-        runs[name] = Run(engine, about, [], [[] for _ in asked], [])
+        models[name] = model
+        runs[name] = Run(engine, {} if name == PLAIN else _about(model, reports.get(name)), [], [[] for _ in asked], [])
     with Progress(console=console) as bar:
         task = bar.add_task("measuring", total=(repeats * len(asked) + 1) * len(runs))
         for repeat in range(repeats + 1):  # the first one warms up
@@ -90,6 +92,13 @@ def main(
                 for run in runs.values():
                     _answer(run, ids, new_tokens, place, warm=repeat > 0, first=repeat == 1)
                     bar.advance(task)
+    for name, run in runs.items():
+        if name != PLAIN:
+            run.about["coverage"] = covered(models[name], run.results)
+    reference, texts = float32_twin(base), [result.tokens for result in runs[PLAIN].results]
+    whole = [[*result.prompt, *result.tokens] for result in runs[PLAIN].results]
+    bound = 1e-3 if base.dtype == torch.float32 else near_tie_bound(models[SHIPPED].trunk, whole[:6], 4)
+    verdicts = {name: agreement(reference, run.results, texts, bound) for name, run in runs.items()}
     found = {
         "outputs": {name: _row(run, runs[PLAIN], records) for name, run in runs.items()},
         "prompts": len(asked),
@@ -97,17 +106,14 @@ def main(
         "repeats": repeats,
         "recovery_steps": steps,
         "compiled": all(run.engine.code is not None for run in runs.values()),
-        "texts_equal_plain": all(
-            [result.tokens for result in run.results] == [result.tokens for result in runs[PLAIN].results]
-            for run in runs.values()
-        ),
+        "beside_plain": {name: {each: found.count(each) for each in set(found)} for name, found in verdicts.items()},
         "machine": machine(),
     }
     out.write_text(json.dumps(found, indent=2) + "\n")
     console.print(_table(found))
     console.print(
-        f"[dim]{DEFINITIONS} Derived: τ before recovery. Draft: all drafts of a step. Tokens a second: end to end, "
-        "prefill included.[/dim]"
+        f"[dim]{DEFINITIONS} Derived: τ before recovery, on 12 prompts. Draft: all drafts of a step. Tokens a second: end "
+        "to end, prefill included, medians over repeats.[/dim]"
     )
     _plot(found, plot)
 
@@ -121,24 +127,29 @@ def _derived(
 ) -> dict[str, Any]:
     """Derive an output, unless that is done; what compress says of it."""
     directory = work / _file(name)
+    wanted = Compression(
+        heads=NAME, output=name, data=[data], steps=steps, prompts=prompts, count=min(12, count), new_tokens=64
+    )
     report = directory / "report.json"
-    if not report.is_file():
-        console.rule(name)
-        few = {"prompts": prompts, "count": min(12, count), "new_tokens": 64}
-        wanted = Compression(heads=NAME, output=name, data=[data], steps=steps, **few)
-        found = compress(wanted, directory, console)
-        report.write_text(json.dumps(found))
-    return json.loads(report.read_text())
+    if report.is_file() and (found := json.loads(report.read_text()))["settings"] == _settings(wanted):
+        return found
+    console.rule(name)
+    found = compress(wanted, directory, console) | {"settings": _settings(wanted)}  # refuses what was made otherwise
+    report.write_text(json.dumps(found))
+    return found
 
 
-def _about(model: MultiTokenModel, coverage: float, derived_tau: float | None) -> dict[str, Any]:
+def _settings(wanted: Compression) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(wanted), default=str))
+
+
+def _about(model: MultiTokenModel, report: dict[str, Any] | None) -> dict[str, Any]:
     heads = model.heads
     return {
         "output": str(model.multi_token.output),
         "bytes": stored_bytes(heads),
         "output_operations": heads.output.operations(model.trunk),
-        "coverage": coverage,
-        "derived_tau": derived_tau,
+        "derived_tau": report["tried"][0]["tau"] if report else None,
     }
 
 
@@ -156,9 +167,8 @@ def _answer(run: Run, ids: list[int], new_tokens: int, place: int, warm: bool, f
 
 def _row(run: Run, plain: Run, records: list[dict[str, Any]]) -> dict[str, Any]:
     tokens = [len(result.tokens) for result in run.results]
-    best = [min(times) for times in run.seconds]
-    others = [min(times) for times in plain.seconds]
-    ratio = interval([theirs / ours for ours, theirs in zip(best, others, strict=True)])
+    usual, others = ([statistics.median(times) for times in each.seconds] for each in (run, plain))
+    ratio = interval([theirs / ours for ours, theirs in zip(usual, others, strict=True)])
     categories = sorted({record["category"] for record in records})
 
     def acceptance(category: str | None) -> dict[str, Any]:
@@ -170,9 +180,9 @@ def _row(run: Run, plain: Run, records: list[dict[str, Any]]) -> dict[str, Any]:
         return acceptance_json(Acceptance.of(chosen, run.engine.n))
 
     row = run.about | acceptance(None)
-    row["tokens_per_second"] = sum(tokens) / sum(best)
+    row["tokens_per_second"] = sum(tokens) / sum(usual)
     row["over_plain"] = dict(zip(("ratio", "low", "high"), ratio, strict=True))
-    row["draft_ms"] = 1e3 * sorted(run.draft)[len(run.draft) // 2] if run.about else 0.0
+    row["draft_ms"] = 1e3 * statistics.median(run.draft) if run.about else 0.0
     row["by_category"] = {category: acceptance(category) for category in categories}
     row["seconds"] = run.seconds
     return row

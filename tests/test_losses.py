@@ -20,7 +20,7 @@ def slow_loss(model, ids, labels, documents, positions, denominator=None):
     """Position by position, depth by depth, straight from the definition."""
     weights = model.multi_token.weights.by_depth(model.multi_token.n)
     text = nextn.model.Text(ids, positions, documents)
-    hidden, tapped = model._run_trunk(text)
+    hidden, tapped = model.run_trunk(text)
     states = [hidden, *model.heads(model.trunk, tapped, text)]
     total, count = 0.0, 0
     for row in range(ids.shape[0]):
@@ -45,16 +45,18 @@ def test_every_output_has_the_loss_and_gradients_of_its_definition(stated, kind)
     model = nextn.attach(make_host("llama").double(), config)
     ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    loss = model(ids, labels=ids).loss
+    given = model(ids, labels=ids)
+    loss = given.loss
     grads = torch.autograd.grad(loss, trained)
     text = nextn.model.as_text(ids, None, None)
-    _hidden, tapped = model._run_trunk(text)
+    _hidden, tapped = model.run_trunk(text)
     expected = 0.0
     for k, (state, weight) in enumerate(zip(model.heads(model.trunk, tapped, text), model.weights[1:], strict=True), 2):
-        output = model.heads.output.at(k)
+        output, hits = model.heads.output.at(k), 0
         for row in range(2):
             for t in range(9 - k):
                 target = int(ids[row, t + k])
+                named = output(model.trunk, state[row, t])[target] > -torch.inf
                 if stated.startswith("clustered"):
                     q = output.table(state[row, t]).log_softmax(-1)
                     cluster = int((output.members() == target).any(dim=1).nonzero())
@@ -63,6 +65,8 @@ def test_every_output_has_the_loss_and_gradients_of_its_definition(stated, kind)
                     q = output(model.trunk, state[row, t]).log_softmax(-1)
                 if q[target] > -torch.inf:
                     expected -= weight * q[target]
+                hits += bool(named and q.argmax() == target)
+        assert given.depth_accuracies[k - 1].item() == pytest.approx(hits / (2 * (9 - k)))
     torch.testing.assert_close(loss.double(), expected / 16, rtol=1e-6, atol=1e-9)
     for ours, theirs in zip(grads, torch.autograd.grad(expected / 16, trained), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
@@ -216,7 +220,7 @@ def test_a_depth_follows_what_the_trunk_says_of_the_same_token(share_of):
     loss = model(ids, labels=ids).loss
     text = nextn.model.as_text(ids, None, None)
     with torch.no_grad():
-        hidden, tapped = model._run_trunk(text)
+        hidden, tapped = model.run_trunk(text)
         states, said = model.heads(model.trunk, tapped, text), model.trunk.logits(hidden).log_softmax(-1)
         expected = 0.0
         for k, (state, weight) in enumerate(zip(states, model.weights[1:], strict=True), start=2):

@@ -55,6 +55,19 @@ def test_a_subset_must_be_distinct_and_fit():
             build_output(OutputConfig.parse(stated), TRUNK)
 
 
+def test_own_rows_are_refused_where_they_would_lose_a_bias():
+    trunk = Trunk(make_host("llama"))
+    trunk.unembedding.bias = torch.nn.Parameter(torch.randn(VOCAB))
+    for stated in ("separate", "low_rank:4", "trimmed:8,own"):
+        with pytest.raises(ConfigError, match="has a bias"):
+            build_output(OutputConfig.parse(stated), trunk)
+    states = torch.randn(3, trunk.width)
+    for stated in ("trimmed:8", "clustered:8:2"):
+        output = build_output(OutputConfig.parse(stated), trunk)
+        logits, ids = output.scores(trunk, states)
+        torch.testing.assert_close(logits, trunk.logits(states).gather(1, ids.expand_as(logits)))
+
+
 def test_best_is_argmax_also_where_several_are_equal():
     for size in (1, 7, 64, 52, 96):
         logits = torch.randint(0, 4, (5, 3, size)).float()
@@ -154,7 +167,8 @@ def test_clusters_score_the_tokens_of_the_best_centroids_alone():
         ("clustered:4:8", "there are 4 clusters"),
         ("low_rank:8,own", "own rows"),
         ("trimmed:8,each", "output.each goes with"),
-        ("shared,blue", "blue: Extra inputs"),
+        ("shared,blue", "there is no blue"),
+        ("trimmed,size", "there is no size"),
     ],
 )
 def test_short_forms_that_mean_nothing_are_refused(stated, message):

@@ -45,6 +45,8 @@ def test_tokens_of_other_scripts_are_told(tmp_path):
 
     assert foreign_to(["latin"], Two(), 64) == [1, 2, 4]
     assert foreign_to(["Latin", "CJK"], Two(), 64) == [1]
+    with pytest.raises(DataError, match="No token has letters of the script english"):
+        foreign_to(["english"], Two(), 64)
 
 
 @pytest.mark.parametrize(

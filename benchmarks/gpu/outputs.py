@@ -4,7 +4,7 @@
     python benchmarks/gpu/outputs.py --shape tiny --device cpu --out /tmp/outputs.json    # a dry run
 
 The time of a draft does not depend on the values of weights. For each output and batch: all drafts of one step by
-recurrent heads (n = 4), captured as a CUDA graph where there is a GPU, beside one verification, outputs in turn.
+recurrent heads (n = 4), outputs in turn; captured as a CUDA graph where that can be, and `captured` says so for each.
 Results are written as they come. Not run on a GPU yet.
 """
 
@@ -24,7 +24,7 @@ from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from nextn.config import MultiTokenConfig, OutputConfig
-from nextn.derive import stored_bytes
+from nextn.evaluation.costs import stored_bytes
 from nextn.evaluation.report import interval, machine
 from nextn.model import MultiTokenModel
 
@@ -42,8 +42,8 @@ OUTPUTS = {
 PROMPT, TURNS = 128, 50
 
 
-def step_of(model: MultiTokenModel, batch: int) -> Callable[[], Any]:
-    """One call makes all drafts of a step."""
+def step_of(model: MultiTokenModel, batch: int) -> tuple[Callable[[], Any], bool]:
+    """One call makes all drafts of a step; and whether it is a CUDA graph."""
     engine = model.engine(batch, stop_tokens=[])
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(model.trunk.vocab_size, (batch, PROMPT), generator=generator).tolist()
@@ -54,18 +54,17 @@ def step_of(model: MultiTokenModel, batch: int) -> Callable[[], Any]:
     return _graphed(lambda: engine.drafter.propose(tapped, positions, targets, accepted, rows))
 
 
-def _graphed(function: Callable[[], Any]) -> Callable[[], Any]:
+def _graphed(function: Callable[[], Any]) -> tuple[Callable[[], Any], bool]:
     if not torch.cuda.is_available():
-        return function
+        return function, False
     try:
         function()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             function()
-    except RuntimeError as error:  # some step reads a number back: it is timed as it is, and the table says so
-        Console(stderr=True).print(f"not captured: {error}")
-        return function
-    return graph.replay
+    except RuntimeError:  # some step reads a number back: it is timed as it is
+        return function, False
+    return graph.replay, True
 
 
 def timed(function: Callable[[], Any]) -> float:
@@ -96,7 +95,7 @@ def main(
         steps = {stated: step_of(model, rows) for stated, model in models.items()}
         spent: dict[str, list[float]] = {stated: [] for stated in steps}
         for turn in range(TURNS + 3):
-            for stated, step in steps.items():
+            for stated, (step, _) in steps.items():
                 took = timed(step)
                 if turn >= 3:
                     spent[stated].append(took)
@@ -106,6 +105,7 @@ def main(
                 "draft_ms": interval(times),
                 "over_shared": interval([mine / theirs for mine, theirs in zip(times, shared, strict=True)]),
                 "bytes": stored_bytes(models[stated].heads),
+                "captured": steps[stated][1],
             }
             for stated, times in spent.items()
         }
@@ -113,11 +113,16 @@ def main(
         table = Table(
             title=f"{shape}, batch {rows}: the drafts of a step, n = 4", title_justify="left", box=SIMPLE_HEAD
         )
-        for column in ("output", "ms", "over shared"):
+        for column in ("output", "ms", "over shared", "captured"):
             table.add_column(column)
         for stated, row in found["batches"][rows].items():
             over = row["over_shared"]
-            table.add_row(stated, f"{row['draft_ms'][0]:.3f}", f"{over[0]:.3f} ({over[1]:.3f} – {over[2]:.3f})")
+            table.add_row(
+                stated,
+                f"{row['draft_ms'][0]:.3f}",
+                f"{over[0]:.3f} ({over[1]:.3f} – {over[2]:.3f})",
+                str(row["captured"]),
+            )
         Console().print(table)
 
 

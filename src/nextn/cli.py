@@ -144,9 +144,11 @@ def compress(
     tokens: Annotated[
         Path | None, typer.Option(help="A JSON list of the token ids that a trimmed output keeps.")
     ] = None,
-    keep: Annotated[float, typer.Option(min=0, max=1, help="auto: the share of the acceptance to keep.")] = 0.95,
+    keep: Annotated[
+        float | None, typer.Option(min=0, max=1, help="auto: the share of the acceptance to keep. Default: 0.95.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=0, help="Steps of recovery training.")] = 0,
-    learning_rate: Annotated[float, typer.Option(min=1e-9, help="Of recovery training.")] = 5e-4,
+    learning_rate: Annotated[float | None, typer.Option(min=1e-9, help="Of recovery training. Default: 5e-4.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="JSON lines with `prompt` and `category`, to measure on. Default: the demo's.")
     ] = None,
@@ -163,7 +165,10 @@ def compress(
     if json_file is not None:
         writable(json_file.parent)
     fields: dict[str, Any] = {"size": size, "rank": rank, "clusters": clusters, "top_clusters": top_clusters}
-    given = {name: value for name, value in (fields | {"own": own, "each": each}).items() if value}
+    fields |= {"own": own or None, "each": each or None}
+    given = {name: value for name, value in fields.items() if value is not None}
+    if output == AUTO and given:
+        raise ValueError(f"--output auto chooses by itself; leave --{next(iter(given)).replace('_', '-')} out.")
     wanted = Compression(
         heads=heads,
         output=output if output == AUTO else str(OutputConfig.parse(output, **given)),
@@ -215,6 +220,8 @@ def budget(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
 ) -> None:
     """Say what heads and outputs would weigh and cost on a model, and when drafting would pay; allocates nothing."""
+    import torch
+
     from nextn.evaluation.budget import Budget, fields_of, shares_of
     from nextn.evaluation.budget import budget as run
     from nextn.evaluation.roofline import measure_machine
@@ -223,7 +230,8 @@ def budget(
 
     if json_file is not None:
         writable(json_file.parent)
-    here = measure_machine(best_dtype(), 2**29) if bandwidth is None or rate is None else {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    here = measure_machine(best_dtype(), 2**29, device) if bandwidth is None or rate is None else {}
     asked = Budget(
         model=model,
         heads=heads or (),
@@ -238,6 +246,7 @@ def budget(
         context=context,
         bandwidth=here["bandwidth"] if bandwidth is None else bandwidth * 1e9,
         rate=here["rate"] if rate is None else rate * 1e12,
+        width=best_dtype().itemsize if here else 2,
     )
     found = run(asked, console)
     if json_file is not None:

@@ -6,9 +6,9 @@ drafts stand changes.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +22,49 @@ from transformers import PreTrainedTokenizerBase
 
 from nextn.config import ConfigError, OutputConfig
 from nextn.data import prompt_ids, read_prompts
-from nextn.decoding.engine import Generation
-from nextn.derive import derive, stored_bytes, stored_parameters
+from nextn.derive import derive
 from nextn.distill import interleaved
-from nextn.evaluation.acceptance import DEFINITIONS, Acceptance, decoded
-from nextn.evaluation.costs import Machine, Option, best_n, cheapest, costs_of, tau_of, usual_outputs
+from nextn.evaluation.acceptance import DEFINITIONS, Acceptance, covered, decoded
+from nextn.evaluation.costs import (
+    Machine,
+    Option,
+    best_n,
+    cheapest,
+    costs_of,
+    stored_bytes,
+    stored_parameters,
+    tau_of,
+    usual_outputs,
+)
 from nextn.evaluation.demo import PROMPTS
 from nextn.evaluation.report import acceptance_json, machine
 from nextn.evaluation.roofline import measure_machine
-from nextn.formats import native
-from nextn.formats.bundled import best_dtype
-from nextn.model import MultiTokenModel, as_text
+from nextn.formats import FormatError, native
+from nextn.formats.bundled import best_dtype, sha256
+from nextn.model import MultiTokenModel
 from nextn.recipe import Recipe, train
 from nextn.vocabulary import counted, foreign_to, listed, most_frequent
 
 AUTO = "auto"
 START = "start"  # where derived heads lie while they recover
+KEEP, LEARNING_RATE = 0.95, 5e-4
+
+Prompts = Sequence[tuple[str, list[int]]]  # category and token ids
 
 
 @dataclass(frozen=True)
 class Compression:
     """What is wanted of `compress`.
 
-    output: the short form of an output (`OutputConfig.parse`), or `auto`: the cheapest of several that keeps the share
-        `keep` of the acceptance.
+    output: the short form of an output (`OutputConfig.parse`), or `auto`: the cheapest of several that keeps a share of
+        the acceptance.
     depths: how many tokens to predict, no more than the heads do; `auto` for as many as pay on this machine at batch 1.
     data: text, counted for a trimmed output and trained on while recovering.
     category, scripts: count only records of this category; keep only tokens of these scripts.
     tokens: a file with the ids that a trimmed output keeps, in place of counting.
+    keep: for `auto`, the share of the acceptance; default: 0.95.
     steps: of recovery training, the trunk frozen; 0 for none.
+    learning_rate: of recovery training; default: 5e-4.
     prompts, count, new_tokens, rows: what acceptance is measured on; default: the prompts of the demo.
     """
 
@@ -61,9 +75,9 @@ class Compression:
     category: str | None = None
     scripts: Sequence[str] = ()
     tokens: Path | None = None
-    keep: float = 0.95
+    keep: float | None = None
     steps: int = 0
-    learning_rate: float = 5e-4
+    learning_rate: float | None = None
     prompts: Path | None = None
     count: int | None = None
     new_tokens: int = 96
@@ -72,7 +86,10 @@ class Compression:
 
 @dataclass
 class Measured:
-    """Heads and what they gave on some prompts."""
+    """Heads and what they gave on some prompts.
+
+    notes: `kept`, the share of τ - 1, and `recovered`, the steps of training since they were derived.
+    """
 
     name: str
     model: MultiTokenModel
@@ -81,15 +98,22 @@ class Measured:
     coverage: float
     notes: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def operations(self) -> int:
+        """Multiplications of a draft's output."""
+        return self.model.heads.output.operations(self.model.trunk)
+
     def figures(self) -> dict[str, Any]:
-        """All of it as JSON has it: also sizes, and multiplications a draft."""
+        """All of it as JSON has it."""
         heads, output = stored_parameters(self.model.heads)
+        config = self.model.multi_token
         return {
-            "output": self.name,
-            "n": self.model.multi_token.n,
+            "heads": config.kind,
+            "n": config.n,
+            "output": str(config.output),
             "parameters": {"heads": heads, "output": output},
             "bytes": stored_bytes(self.model.heads),
-            "output_operations": self.model.heads.output.operations(self.model.trunk),
+            "output_operations": self.operations,
             "coverage": self.coverage,
             **acceptance_json(self.overall),
             "by_category": {name: acceptance_json(row) for name, row in self.by_category.items()},
@@ -107,42 +131,42 @@ def compress(wanted: Compression, out: Path, console: Console) -> dict[str, Any]
         ConfigError, DataError, FormatError: where that cannot work; the message says why.
     """
     directory = native.heads_directory(wanted.heads)
+    _check(wanted, native.config_of(directory).n)
+    claim = _claim(wanted, directory, out)
     model = native.load(directory, dtype=best_dtype())
     tokenizer = native.load_tokenizer(native.base_of(directory))
-    _check(wanted, model.multi_token.n)
-    configs = _candidates(wanted, model)
-    counts = counted(wanted.data, tokenizer, model.trunk.vocab_size, wanted.category) if wanted.data else None
-    native.writable(out)
-    prompts = _prompts(wanted, tokenizer, model)
+    prompts = _prompts(wanted, tokenizer, model, console)
+    derived, left_out = _derived(wanted, model, tokenizer)
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("measuring acceptance", total=(1 + len(configs)) * len(prompts))
+        task = bar.add_task("measuring acceptance", total=(1 + len(derived)) * len(prompts))
 
-        def measured(name: str, derived: MultiTokenModel) -> Measured:
-            return measure(name, derived, prompts, wanted, lambda: bar.advance(task))
+        def measured(name: str, model: MultiTokenModel) -> Measured:
+            return measure(name, model, prompts, wanted, lambda: bar.advance(task))
 
         before = measured(str(model.multi_token.output), model)
-        tried = [
-            measured(str(config), derive(model, config, kept=_kept(wanted, config, counts, tokenizer, model)))
-            for config in configs
-        ]
-    for each in tried:
-        each.notes["kept"] = _share_kept(each, before)
-    chosen, reasons = _choose(wanted, tried)
+        if not before.overall.tau > 1:
+            raise ConfigError(
+                "No draft of these heads stood on the prompts, so there is no acceptance to keep: measure on more "
+                "--prompts or --new-tokens."
+            )
+        tried = [_beside(before, measured(name, each)) for name, each in derived.items()]
+    chosen, reasons = _choose(wanted, before, tried)
+    reasons += left_out
     if wanted.depths is not None:
-        n, why = _depths(wanted, chosen)
+        n, why = (claim["n"], []) if "n" in claim else _depths(wanted, chosen)
         reasons += why
+        _write_claim(out, claim | {"n": n})  # what was timed once holds when the command goes on
         if n < chosen.model.multi_token.n:
             shorter = derive(chosen.model, chosen.model.multi_token.output, n)
-            chosen = measure(f"{chosen.name}, n = {n}", shorter, prompts, wanted)
-            chosen.notes["kept"] = _share_kept(chosen, before)
+            chosen = _beside(before, measure(f"{chosen.name}, n = {n}", shorter, prompts, wanted))
     if wanted.steps:
-        chosen = _recover(wanted, chosen, before, prompts, tokenizer, out, console)
+        chosen = _beside(before, _recover(wanted, chosen, prompts, tokenizer, out, console))
     else:
-        native.save_heads(chosen.model, out, dtype=torch.bfloat16, tokenizer=tokenizer)
-    shown = [before, *tried, *([chosen] if chosen not in tried else [])]
+        _save(chosen.model, directory, out, tokenizer)
+    shown = [before, *tried, *([chosen] if chosen is not before and chosen not in tried else [])]
     console.print(table(shown))
     for reason in reasons:
-        console.print(f"{reason}.", highlight=False)
+        console.print(f"{reason.rstrip('.')}.", highlight=False)
     console.print(
         f"[dim]{len(prompts)} prompts, {wanted.new_tokens} new tokens, greedy, {model.trunk.dtype}. {DEFINITIONS} "
         "Draft: multiplications of its output. Coverage: the share of the text's tokens that could be named. Kept: the "
@@ -150,9 +174,8 @@ def compress(wanted: Compression, out: Path, console: Console) -> dict[str, Any]
     )
     console.print(f"heads saved in {out}", highlight=False)
     return {
-        "heads": wanted.heads,
+        **claim,
         "prompts": len(prompts),
-        "new_tokens": wanted.new_tokens,
         "before": before.figures(),
         "tried": [each.figures() for each in tried],
         "after": chosen.figures(),
@@ -161,15 +184,162 @@ def compress(wanted: Compression, out: Path, console: Console) -> dict[str, Any]
     }
 
 
+# --- what is asked for, and where it goes -------------------------------------------------------------------------
+
+
+def _check(wanted: Compression, n: int) -> None:
+    """Refuse what cannot work, and options that would do nothing."""
+    auto = wanted.output == AUTO
+    trimmed = auto or OutputConfig.parse(wanted.output).kind == "trimmed"
+    refused = {
+        "Recovery trains on text: give --data, or leave --steps out": wanted.steps and not wanted.data,
+        "--output auto compares outputs as they are derived; recover the one that it chooses": wanted.steps and auto,
+        "--keep goes with --output auto": wanted.keep is not None and not auto,
+        "--learning-rate goes with --steps": wanted.learning_rate is not None and not wanted.steps,
+        "--tokens goes with a trimmed output of its size": wanted.tokens is not None and (auto or not trimmed),
+        "--tokens names all that is kept; leave out --category and --script": wanted.tokens is not None
+        and (wanted.category or wanted.scripts),
+        "--category and --script choose tokens by --data, for a trimmed output": (wanted.category or wanted.scripts)
+        and not (trimmed and wanted.data),
+        f"--depths is {wanted.depths}; give a number or auto": isinstance(wanted.depths, str) and wanted.depths != AUTO,
+        f"The heads predict {n} tokens; --depths can be 2 to {n}, not {wanted.depths}": isinstance(wanted.depths, int)
+        and not 2 <= wanted.depths <= n,
+    }
+    if problems := [problem for problem, holds in refused.items() if holds]:
+        raise ConfigError(f"{problems[0]}.")
+
+
+def _claim(wanted: Compression, directory: Path, out: Path) -> dict[str, Any]:
+    """What is asked for as JSON, heads and files by their sha256, written to `out`/compress.json.
+
+    Returns:
+        it, and the `n` that an earlier start chose.
+
+    Raises:
+        FormatError: where `out` holds something else, which would be mixed with this or lost.
+    """
+    asked = {name: value for name, value in asdict(wanted).items() if name != "rows"}
+    files = [native.heads_file(directory), *wanted.data, *(file for file in (wanted.tokens, wanted.prompts) if file)]
+    digests = {str(file): sha256(file) for file in files if Path(file).is_file()}
+    claim = json.loads(json.dumps({"asked": asked, "sha256": digests}, default=str))
+    path = native.writable(out) / "compress.json"
+    if path.is_file():
+        found = json.loads(path.read_text())
+        if {name: found.get(name) for name in claim} == claim:
+            return found
+        raise FormatError(f"{out} holds another compression ({path}); choose another directory.")
+    if native.has_heads(out):
+        raise FormatError(f"{out} holds heads already; choose another directory.")
+    _write_claim(out, claim)
+    return claim
+
+
+def _write_claim(out: Path, claim: dict[str, Any]) -> None:
+    (out / "compress.json").write_text(json.dumps(claim, indent=2) + "\n")
+
+
+def _prompts(
+    wanted: Compression, tokenizer: PreTrainedTokenizerBase, model: MultiTokenModel, console: Console
+) -> list[tuple[str, list[int]]]:
+    """What is decoded, from each category in turn."""
+    records: list[dict[str, Any]] = [{"category": name, "prompt": text} for name, text in PROMPTS.items()]
+    if wanted.prompts is not None:
+        records = interleaved(read_prompts(wanted.prompts))
+    prompts = [
+        (record.get("category", "all prompts"), prompt_ids(tokenizer, record["prompt"]))
+        for record in records[: wanted.count]
+    ]
+    fitting = [(name, ids) for name, ids in prompts if len(ids) + wanted.new_tokens <= model.trunk.max_length]
+    if not fitting:
+        raise ConfigError(f"No prompt leaves room for {wanted.new_tokens} new tokens in the base's context.")
+    if left_out := len(prompts) - len(fitting):
+        console.print(f"{left_out} prompts are too long for {wanted.new_tokens} new tokens, and left out")
+    return fitting
+
+
+# --- deriving -----------------------------------------------------------------------------------------------------
+
+
+def _derived(
+    wanted: Compression, model: MultiTokenModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, MultiTokenModel], list[str]]:
+    """The heads to measure, by output; and which of those that `auto` compares cannot be had, and why."""
+    vocabulary, left_out = model.trunk.vocab_size, list[str]()
+    counts = counted(wanted.data, tokenizer, vocabulary, wanted.category) if wanted.data else None
+    foreign = foreign_to(wanted.scripts, tokenizer, vocabulary) if wanted.scripts else []
+    derived: dict[str, MultiTokenModel] = {}
+    for config in _candidates(wanted, model):
+        try:
+            kept = _kept(wanted, config, counts, foreign, tokenizer, model)
+            derived[str(config)] = derive(model, config, kept=kept)
+        except ConfigError as error:
+            if wanted.output != AUTO:
+                raise
+            left_out.append(f"{config} is left out: {error}")
+    return derived, left_out
+
+
+def _candidates(wanted: Compression, model: MultiTokenModel) -> list[OutputConfig]:
+    """The output that is asked for, or those that `auto` compares."""
+    if wanted.output != AUTO:
+        return [OutputConfig.parse(wanted.output)]
+    width = model.heads.output_width(model.multi_token, model.trunk)
+    each = len(list(model.heads.output.parts())) > 1
+    usual = usual_outputs(model.trunk.vocab_size, width, trimmed=bool(wanted.data), each=each)
+    own = model.multi_token.output.has_own_table
+    more = [
+        config.model_copy(update={"own": True, "each": each})
+        for config in usual
+        if own and config.kind in ("trimmed", "clustered")
+    ]
+    return [config for config in [*usual, *more] if config != model.multi_token.output]
+
+
+def _kept(
+    wanted: Compression,
+    config: OutputConfig,
+    counts: Tensor | None,
+    foreign: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    model: MultiTokenModel,
+) -> Tensor | None:
+    """The tokens that a trimmed output keeps; None: those that it keeps already."""
+    vocabulary = model.trunk.vocab_size
+    if config.kind != "trimmed":
+        return None
+    assert config.size is not None
+    if wanted.tokens is not None:
+        ids = listed(wanted.tokens, vocabulary)
+        if len(ids) != config.size:
+            raise ConfigError(f"{wanted.tokens} lists {len(ids)} tokens, but the output's size is {config.size}.")
+        return ids
+    if counts is None:
+        if config == model.multi_token.output:
+            return None
+        raise ConfigError("A trimmed output keeps the most frequent tokens of a text: give --data, or --tokens.")
+    if config.size > vocabulary - len(foreign):
+        raise ConfigError(
+            f"The size is {config.size}, but only {vocabulary - len(foreign)} tokens are of script "
+            f"{', '.join(wanted.scripts)}; take fewer."
+        )
+    special = [token for token in tokenizer.all_special_ids if token < vocabulary]
+    return most_frequent(counts, config.size, always=special, never=foreign)
+
+
+def _save(model: MultiTokenModel, source: Path, out: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    name = native.base_name(source)
+    native.save_heads(model, out, base_name=name, dtype=torch.bfloat16, tokenizer=tokenizer)
+
+
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
 def measure(
     name: str,
     model: MultiTokenModel,
-    prompts: Sequence[tuple[str, list[int]]],
+    prompts: Prompts,
     wanted: Compression,
-    advance: Any = lambda: None,
+    advance: Callable[[], None] = lambda: None,
 ) -> Measured:
     """Decode prompts with some heads: acceptance by category, and coverage."""
     found = decoded(model.engine(min(wanted.rows, len(prompts))), prompts, wanted.new_tokens, advance)
@@ -179,21 +349,10 @@ def measure(
     return Measured(name, model, by_category, Acceptance.of(every, n), covered(model, every))
 
 
-@torch.inference_mode()
-def covered(model: MultiTokenModel, generations: Sequence[Generation]) -> float:
-    """The share of the emitted tokens that a state of the heads for their place could name, over all depths."""
-    named = total = 0
-    for result in generations:
-        ids = torch.tensor([result.prompt + result.tokens], device=model.trunk.device)
-        text = as_text(ids, None, None)
-        _, tapped = model._run_trunk(text)
-        states = model.heads(model.trunk, tapped.to(next(model.heads.parameters()).dtype), text)
-        for depth, state in enumerate(states, start=2):
-            first = max(0, len(result.prompt) - depth)
-            targets, reads = ids[:, first + depth :], state[:, first : ids.shape[1] - depth]
-            named += int(model.heads.output.at(depth).can_name(model.trunk, reads, targets).sum())
-            total += targets.numel()
-    return named / max(1, total)
+def _beside(before: Measured, after: Measured) -> Measured:
+    """With the share of the acceptance that it keeps."""
+    after.notes["kept"] = (after.overall.tau - 1) / (before.overall.tau - 1)
+    return after
 
 
 def table(rows: Sequence[Measured]) -> Table:
@@ -208,86 +367,35 @@ def table(rows: Sequence[Measured]) -> Table:
             row.name if place else f"{row.name} (before)",
             str(figures["n"]),
             f"{figures['bytes'] / 1e6:.1f} MB",
-            f"{figures['output_operations'] / 1e6:.2f}M",
+            f"{row.operations / 1e6:.2f}M",
             f"{row.coverage:.1%}",
             *(f"{row.by_category[name].tau:.2f}" for name in categories),
             f"{row.overall.tau:.2f}",
-            f"{figures['kept']:.0%}" if "kept" in figures else "",
+            f"{row.notes['kept']:.0%}" if place else "",
         )
     return shown
-
-
-def _share_kept(after: Measured, before: Measured) -> float:
-    return (after.overall.tau - 1) / max(before.overall.tau - 1, 1e-9)
 
 
 # --- choosing -----------------------------------------------------------------------------------------------------
 
 
-def _check(wanted: Compression, n: int) -> None:
-    if wanted.steps and not wanted.data:
-        raise ConfigError("Recovery trains on text: give --data, or --steps 0.")
-    if wanted.steps and wanted.output == AUTO:
-        raise ConfigError("--output auto compares outputs as they are derived; recover the one that it chooses.")
-    if isinstance(wanted.depths, str) and wanted.depths != AUTO:
-        raise ConfigError(f"--depths is {wanted.depths}; give a number or auto.")
-    if isinstance(wanted.depths, int) and not 2 <= wanted.depths <= n:
-        raise ConfigError(f"The heads predict {n} tokens; --depths can be 2 to {n}, not {wanted.depths}.")
-    if wanted.tokens is not None and ((wanted.data and not wanted.steps) or wanted.scripts or wanted.category):
-        raise ConfigError("--tokens names all that is kept; leave out what else would choose.")
-
-
-def _candidates(wanted: Compression, model: MultiTokenModel) -> list[OutputConfig]:
-    """The output that is asked for, or those that `auto` compares."""
-    if wanted.output == AUTO:
-        return usual_outputs(model.trunk.vocab_size, model.trunk.width, trimmed=bool(wanted.data))
-    config = OutputConfig.parse(wanted.output)
-    if wanted.tokens is not None:
-        if config.kind != "trimmed":
-            raise ConfigError("--tokens goes with a trimmed output.")
-        size = len(listed(wanted.tokens, model.trunk.vocab_size))
-        if config.size != size:
-            raise ConfigError(f"{wanted.tokens} lists {size} tokens, but the output's size is {config.size}.")
-    elif config.kind == "trimmed" and not wanted.data and config != model.multi_token.output:
-        raise ConfigError("A trimmed output keeps the most frequent tokens of a text: give --data, or --tokens.")
-    return [config]
-
-
-def _kept(
-    wanted: Compression,
-    config: OutputConfig,
-    counts: Tensor | None,
-    tokenizer: PreTrainedTokenizerBase,
-    model: MultiTokenModel,
-) -> Tensor | None:
-    """The tokens that a trimmed output keeps."""
-    if config.kind != "trimmed":
-        return None
-    if wanted.tokens is not None:
-        return listed(wanted.tokens, model.trunk.vocab_size)
-    if counts is None:
-        return None
-    assert config.size is not None
-    special = [token for token in tokenizer.all_special_ids if token < model.trunk.vocab_size]
-    foreign = foreign_to(wanted.scripts, tokenizer, model.trunk.vocab_size) if wanted.scripts else []
-    return most_frequent(counts, config.size, always=special, never=foreign)
-
-
-def _choose(wanted: Compression, tried: list[Measured]) -> tuple[Measured, list[str]]:
+def _choose(wanted: Compression, before: Measured, tried: list[Measured]) -> tuple[Measured, list[str]]:
+    """What was asked for, or of all, those that are there included, the cheapest that keeps enough."""
     if wanted.output != AUTO:
         return tried[0], []
-    options = [
-        Option(each.name, each.model.heads.output.operations(each.model.trunk), each.notes["kept"]) for each in tried
-    ]
-    option, why = cheapest(options, wanted.keep)
-    return tried[options.index(option)], [why]
+    before.notes["kept"] = 1.0
+    every = [before, *tried]
+    options = [Option(each.name, each.operations, each.notes["kept"]) for each in every]
+    option, why = cheapest(options, KEEP if wanted.keep is None else wanted.keep)
+    return every[options.index(option)], [why]
 
 
 def _depths(wanted: Compression, chosen: Measured) -> tuple[int, list[str]]:
     """How many tokens to predict: as many as asked for, or as pay at batch 1 on this machine; and why."""
     if isinstance(wanted.depths, int):
         return wanted.depths, []
-    n, why = best_n(speedups(chosen.model, chosen.overall.conditional))
+    reached = [share for share in chosen.overall.conditional if share == share]  # NaN: a draft that was never reached
+    n, why = best_n(speedups(chosen.model, reached))
     return n, [f"{why} (expected at batch 1 on this machine, by bytes and operations)"]
 
 
@@ -309,41 +417,28 @@ def speedups(model: MultiTokenModel, conditional: Sequence[float], context: int 
 def _recover(
     wanted: Compression,
     chosen: Measured,
-    before: Measured,
-    prompts: Sequence[tuple[str, list[int]]],
+    prompts: Prompts,
     tokenizer: PreTrainedTokenizerBase,
     out: Path,
     console: Console,
 ) -> Measured:
     """Train derived heads for a few steps; killed, the same command goes on from the last checkpoint."""
     start = out / START
-    native.save_heads(chosen.model, start, dtype=torch.bfloat16, tokenizer=tokenizer)
+    _save(chosen.model, native.heads_directory(wanted.heads), start, tokenizer)
+    frozen: Any = {"freeze_trunk": True}  # also for heads that were trained together with their trunk
     recipe = Recipe(
         base=str(start),
+        heads=frozen,
         data=[str(path) for path in wanted.data],
         length=min(512, chosen.model.trunk.max_length),
-        training={"max_steps": wanted.steps, "learning_rate": wanted.learning_rate, "save_steps": 100},
+        training={
+            "max_steps": wanted.steps,
+            "learning_rate": LEARNING_RATE if wanted.learning_rate is None else wanted.learning_rate,
+            "save_steps": 100,
+        },
     )
     train(recipe, out, say=console.print)
-    shutil.rmtree(start)
     recovered = native.load(out, base=chosen.model.base)
     after = measure(f"{chosen.name}, recovered", recovered, prompts, wanted)
-    after.notes["kept"] = _share_kept(after, before)
+    after.notes["recovered"] = wanted.steps
     return after
-
-
-def _prompts(
-    wanted: Compression, tokenizer: PreTrainedTokenizerBase, model: MultiTokenModel
-) -> list[tuple[str, list[int]]]:
-    """What is decoded: category and token ids, from each category in turn."""
-    records: list[dict[str, Any]] = [{"category": name, "prompt": text} for name, text in PROMPTS.items()]
-    if wanted.prompts is not None:
-        records = interleaved(read_prompts(wanted.prompts))
-    prompts = [
-        (record.get("category", "all prompts"), prompt_ids(tokenizer, record["prompt"]))
-        for record in records[: wanted.count]
-    ]
-    fitting = [(name, ids) for name, ids in prompts if len(ids) + wanted.new_tokens <= model.trunk.max_length]
-    if not fitting:
-        raise ConfigError(f"No prompt leaves room for {wanted.new_tokens} new tokens in the base's context.")
-    return fitting

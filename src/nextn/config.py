@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Tap = Literal["post_norm", "pre_norm", "before_last_layer"] | list[int]
@@ -98,6 +99,8 @@ class OutputConfig(BaseModel):
             given = dict(zip(names, map(int, sizes), strict=False))
             if twice := sorted(given.keys() & more.keys()):
                 raise ValueError(f"its {twice[0]} is given twice")
+            if strange := set(flags) - {"own", "each"}:
+                raise ValueError(f"there is no {strange.pop()}")
             return cls(**{"kind": kind} | given | more | dict.fromkeys(flags, True))
         except ValidationError as error:
             raise ConfigError(_readable(error, f"output {stated}")) from None
@@ -294,6 +297,21 @@ class MultiTokenConfig(Strict):
         if self.heads != "sequential":
             return self.heads
         return "recurrent" if self.recurrent else "distinct"
+
+
+def field_value(change: str) -> tuple[str, Any]:
+    """`field=value`, with YAML for the value, as a pair.
+
+    Raises:
+        ConfigError: where it cannot be read.
+    """
+    name, equals, value = change.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"--set {change} is no field=value.")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {change}: the value is not YAML.") from None
 
 
 def _readable(error: ValidationError, what: str) -> str:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from nextn.config import ConfigError, MultiTokenConfig, OutputConfig
-from nextn.heads.base import Heads
 from nextn.model import MultiTokenModel
 from nextn.output import ClusteredOutput, LowRankOutput, Output, OwnOutput, TrimmedOutput
 
@@ -30,14 +29,14 @@ def derive(
     derived = MultiTokenModel(model.base, config).eval()
     wanted = derived.heads.state_dict()
     before = model.heads.state_dict()
-    same = output == model.multi_token.output  # as long as it stays, it is copied like the rest
+    same = output == model.multi_token.output and kept is None  # as long as it stays, it is copied like the rest
     derived.heads.load_state_dict(
         {name: before[name] if same or not name.startswith("output.") else wanted[name] for name in wanted}
     )
     if same:
         return derived
     parts = list(derived.heads.output.parts())
-    for part, table in zip(parts, _tables(model, output, len(parts)), strict=True):
+    for part, table in zip(parts, _tables(model, derived, len(parts)), strict=True):
         if isinstance(part, TrimmedOutput) and kept is not None:
             part.keep(kept.to(part.kept.device), table)
         else:
@@ -56,22 +55,22 @@ def _shortened(config: MultiTokenConfig, n: int) -> MultiTokenConfig:
     return config.model_copy(update=changes)
 
 
-def _tables(model: MultiTokenModel, output: OutputConfig, parts: int) -> list[Tensor]:
+def _tables(model: MultiTokenModel, derived: MultiTokenModel, parts: int) -> list[Tensor]:
     """The table [V, D] that each part of a new output is to be near to."""
-    shared = model.trunk.unembedding.weight
-    if not output.has_own_table:
-        return [shared] * parts
-    tables = [_whole_table(model, part) for part in model.heads.output.parts()]
-    if len(tables) not in (1, parts):
+    start = derived.heads.start_table(model.trunk)
+    if not derived.multi_token.output.has_own_table:
+        return [start] * parts
+    tables = [_whole_table(part, start) for part in model.heads.output.parts()]
+    if len(tables) > 1 and parts == 1:
         raise ConfigError(
             f"The heads have {len(tables)} tables, one each; an output of its own for all of them cannot be derived. "
             "Give ,each or an output with the trunk's rows."
         )
-    return tables * parts if len(tables) == 1 else tables
+    return tables * parts if len(tables) == 1 else tables[:parts]
 
 
-def _whole_table(model: MultiTokenModel, part: Output) -> Tensor:
-    """What an output multiplies states with, whole."""
+def _whole_table(part: Output, start: Tensor) -> Tensor:
+    """What an output multiplies states with, whole; `start` stands for the trunk's rows."""
     match part:
         case OwnOutput():
             return part.table.weight
@@ -80,22 +79,8 @@ def _whole_table(model: MultiTokenModel, part: Output) -> Tensor:
         case ClusteredOutput() if part.table is not None:
             return part.table.weight
         case TrimmedOutput() if part.table is not None:
-            whole = model.heads.table_of_its_own(model.trunk.unembedding.weight).clone()
+            whole = start.clone()
             whole[part.kept.long()] = part.table.weight
             return whole
         case _:
-            return model.heads.table_of_its_own(model.trunk.unembedding.weight)
-
-
-def stored_bytes(heads: Heads) -> int:
-    """What heads take in a file, in bfloat16: parameters, and the buffers of their output."""
-    return sum(
-        tensor.numel() * (2 if tensor.is_floating_point() else tensor.element_size())
-        for tensor in heads.state_dict().values()
-    )
-
-
-def stored_parameters(heads: Heads) -> tuple[int, int]:
-    """What heads store: parameters without their output's, and those of the output (the trunk's own left out)."""
-    output = sum(parameter.numel() for parameter in heads.output.parameters())
-    return sum(parameter.numel() for parameter in heads.parameters()) - output, output
+            return start

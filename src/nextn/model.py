@@ -27,7 +27,8 @@ from nextn.trunk import Trunk, check_logits
 class MultiTokenOutput(ModelOutput):
     """What `MultiTokenModel.forward` returns.
 
-    loss: Σ w_k · L_k, a scalar; None without labels.
+    loss: Σ w_k · L_k, a scalar; None without labels. With a clustered output also w_k times the centroids' loss, which
+        follows the text whatever the objective.
     logits: the trunk's next-token logits [B, T, V]; None with labels, where nobody needs them whole.
     depth_losses: mean loss by depth 1 … n [n]: negative log-likelihood, or what the objective says; NaN where a depth
         was not computed. With a trimmed output, over the targets that it can name.
@@ -151,13 +152,13 @@ class MultiTokenModel(PreTrainedModel):
             teacher = self._teacher(None, trunk_states, top_tokens, top_log_probs)
             return self._loss(text, None, trunk_states, teacher, labels, num_items_in_batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.multi_token.freeze_trunk):
-            hidden, tapped = self._run_trunk(text)
+            hidden, tapped = self.run_trunk(text)
         if labels is None:
             return MultiTokenOutput(logits=self.trunk.logits(hidden))
         return self._loss(text, hidden, tapped, self._teacher(hidden), labels, num_items_in_batch)
 
-    def _run_trunk(self, text: Text) -> tuple[Tensor, Tensor]:
-        """The trunk's last state and the tapped one; keys and values that heads read are put into the text."""
+    def run_trunk(self, text: Text) -> tuple[Tensor, Tensor]:
+        """The trunk's last state [B, T, D] and the tapped one; keys that heads read are put into the text."""
         if not self.heads.reads:
             return self.trunk.run(text.ids, text.positions, text.visible, tap=self.heads.tap)
         with self.trunk.capturing(self.heads.reads) as text.trunk_kv:
@@ -246,7 +247,7 @@ class MultiTokenModel(PreTrainedModel):
     def _passes(self, depths: list[int]) -> list[tuple[Output, ObjectiveConfig, list[int]]]:
         """Output, objective and the depths that have them in common: one pass through a table each."""
         text, passes = ObjectiveConfig(), dict[tuple[int, bool], tuple[Output, ObjectiveConfig, list[int]]]()
-        own = self.heads.output if type(self.heads.output) is SharedOutput else SharedOutput()
+        own = self.heads.output if isinstance(self.heads.output, SharedOutput) else SharedOutput()
         for k in depths:  # head 1 names all tokens, and follows the text
             output, objective = (own, text) if k == 1 else (self.heads.output.at(k), self.multi_token.objective)
             passes.setdefault((id(output), objective == text), (output, objective, []))[2].append(k)
@@ -381,14 +382,6 @@ def _leading(hits: dict[int, Tensor], targets: Tensor, n: int) -> Tensor:
     return torch.where(targets == IGNORE, -1, count)
 
 
-def fit_output(model: MultiTokenModel) -> None:
-    """Start an output from the trunk's unembedding, where it is as wide as what the output reads."""
-    table = model.trunk.unembedding.weight
-    width = model.heads.output_width(model.multi_token, model.trunk)
-    if not table.is_meta and (width == table.shape[1] or not model.multi_token.output.has_own_table):
-        model.heads.output.fit(table)
-
-
 def end_tokens(base: PreTrainedModel) -> list[int]:
     """The end tokens that a model's generation config names."""
     end = base.generation_config.eos_token_id if base.generation_config else None
@@ -423,7 +416,8 @@ def attach(
     """
     model = MultiTokenModel(base, config)
     check_logits(model.trunk)
-    fit_output(model)
+    if model.trunk.device.type != "meta":
+        model.heads.output.fit(model.heads.start_table(model.trunk))
     if calibration is not None:
         batch = {name: tensor.to(model.trunk.device) for name, tensor in calibration.items()}
         text = as_text(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))

@@ -89,12 +89,16 @@ class Output(nn.Module, ABC):
         return token_ids
 
 
-class SharedOutput(Output):
-    """The trunk's own unembedding."""
+class WholeOutput(Output):
+    """An output that can name all tokens."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("kept", None)
+
+
+class SharedOutput(WholeOutput):
+    """The trunk's own unembedding."""
 
     def scores(self, trunk: Trunk, states: Tensor) -> tuple[Tensor, Tensor | None]:
         return trunk.logits(states), None
@@ -103,7 +107,7 @@ class SharedOutput(Output):
         return trunk.unembedding.weight.numel()
 
 
-class OwnOutput(SharedOutput):
+class OwnOutput(WholeOutput):
     """A table of its own, at first a copy of the trunk's unembedding."""
 
     def __init__(self, trunk: Trunk, width: int) -> None:
@@ -124,7 +128,7 @@ class OwnOutput(SharedOutput):
         return self.table.weight.numel()
 
 
-class EachOutput(SharedOutput):
+class EachOutput(WholeOutput):
     """An output for each module of the heads (Gloeckle's replicated unembeddings): call it through `at`."""
 
     def __init__(self, outputs: Iterator[Output]) -> None:
@@ -154,7 +158,7 @@ class EachOutput(SharedOutput):
         return self.at(2).operations(trunk)
 
 
-class LowRankOutput(SharedOutput):
+class LowRankOutput(WholeOutput):
     """A table of rank r, [V, r] · [r, D]; at first the nearest one to the trunk's unembedding."""
 
     def __init__(self, rank: int, trunk: Trunk, width: int) -> None:
@@ -213,7 +217,7 @@ class TrimmedOutput(Output):
 
     @torch.no_grad()
     def fit(self, table: Tensor) -> None:
-        if self.table is not None and self.table.in_features == table.shape[1]:
+        if self.table is not None:
             self.table.weight.copy_(table[self.kept.long()])
 
     def projection(self, trunk: Trunk) -> nn.Module:
@@ -245,7 +249,7 @@ class TrimmedOutput(Output):
         return _places(token_ids, self.kept.long(), self.vocab_size)
 
 
-class ClusteredOutput(SharedOutput):
+class ClusteredOutput(WholeOutput):
     """Tokens in clusters of one size: only those of the clusters whose centroids fit a state best are scored.
 
     The efficient embedder of Gemma 4's small drafters (E2B, E4B; May 2026), with its tensors: `centroids` [C, D] and
@@ -259,13 +263,13 @@ class ClusteredOutput(SharedOutput):
     def __init__(self, clusters: int, top: int, trunk: Trunk, width: int, own: bool) -> None:
         super().__init__()
         self.centroids = _table(trunk, width, clusters)
-        self.register_buffer("token_ordering", torch.arange(trunk.vocab_size, device=trunk.device))
+        self.register_buffer("token_ordering", torch.arange(trunk.vocab_size, dtype=torch.int32, device=trunk.device))
         self.table = _table(trunk, width, trunk.vocab_size) if own else None
         self.top = top
 
     def members(self) -> Tensor:
         """The tokens of each cluster [C, V / C]."""
-        return self.token_ordering.view(len(self.centroids.weight), -1)
+        return self.token_ordering.long().view(len(self.centroids.weight), -1)
 
     def scores(self, trunk: Trunk, states: Tensor) -> tuple[Tensor, Tensor | None]:
         table = self.projection(trunk)
@@ -275,7 +279,7 @@ class ClusteredOutput(SharedOutput):
         if (
             torch.compiler.is_exporting()
         ):  # rows in order of clusters, folded into a constant: each cluster is one block
-            blocks = table.weight[self.token_ordering].unflatten(0, (len(self.centroids.weight), -1))[chosen]
+            blocks = table.weight[self.members()][chosen]  # [..., top, V / C, D]
             logits = (blocks.float() * states.float()[..., None, None, :]).sum(dim=-1).flatten(-2).to(states.dtype)
         else:
             logits = (F.embedding(ids, table.weight) @ states[..., None])[..., 0]
@@ -289,9 +293,9 @@ class ClusteredOutput(SharedOutput):
         return (self._chosen(states) == self._cluster_of()[token_ids][..., None]).any(dim=-1)
 
     def _cluster_of(self) -> Tensor:
-        places = torch.empty_like(self.token_ordering)
-        places[self.token_ordering] = torch.arange(len(places), device=places.device)
-        return places // self.members().shape[1]
+        ordering = self.token_ordering.long()
+        clusters = torch.arange(len(ordering), device=ordering.device) // self.members().shape[1]
+        return torch.empty_like(ordering).scatter(0, ordering, clusters)
 
     def projection(self, trunk: Trunk) -> nn.Linear:
         return trunk.unembedding if self.table is None else self.table
@@ -313,7 +317,7 @@ class ClusteredOutput(SharedOutput):
         return scored * self.centroids.in_features
 
 
-class _ClusterRanking(SharedOutput):
+class _ClusterRanking(WholeOutput):
     """Clusters in the place of tokens: what the centroids learn. Their loss does not reach the states."""
 
     cluster_of: Tensor
@@ -379,6 +383,8 @@ def build_output(config: OutputConfig, trunk: Trunk, modules: int = 1, width: in
         ConfigError: where the sizes do not fit the trunk.
     """
     width = (width or trunk.width) if config.has_own_table else trunk.width
+    if config.has_own_table and trunk.unembedding.bias is not None:
+        raise ConfigError("The base's unembedding has a bias, which own rows would lose: take the trunk's rows.")
     _check_sizes(config, trunk, width)
     make: dict[str, Callable[[], Output]] = {
         "shared": SharedOutput,

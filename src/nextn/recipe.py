@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nextn.adapters import adapter_names, add_adapters
-from nextn.config import ConfigError, MultiTokenConfig, ScheduleConfig, Strict
+from nextn.config import ConfigError, MultiTokenConfig, ScheduleConfig, Strict, field_value
 from nextn.data import PackedBlocks, StreamedBlocks, byte_tokenizer, examples_of
 from nextn.decoding.compiled import CompileError, require_compiler
 from nextn.formats import FormatError, native
@@ -197,14 +197,8 @@ def _number(value: Any) -> Any:
 
 
 def _set(stated: dict[str, Any], change: str) -> None:
-    field, equals, value = change.partition("=")
+    field, read = field_value(change)
     *outer, name = field.split(".")
-    if not equals or not name:
-        raise ConfigError(f"--set {change} is no field=value.")
-    try:
-        read = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {change}: the value is not YAML.") from None
     for part in outer:
         stated = stated.setdefault(part, {})
         if not isinstance(stated, dict):
@@ -258,7 +252,8 @@ def train(recipe: Recipe, out: str | Path, say: Say = print) -> MultiTokenModel:
     trainer.train(resume_from_checkpoint=checkpoint)
     if validation is not None:
         trainer.evaluate()
-    trainer.save_result(out, base_name=None if trained_on else recipe.base)
+    base_name = native.base_name(recipe.base) if trained_on and recipe.base else recipe.base
+    trainer.save_result(out, base_name=base_name)
     KeptOutputs.forget(out)
     say(summary(trainer.state.log_history, model.multi_token.n))
     say(f"{'heads' if model.multi_token.freeze_trunk else 'model'} saved in {out}")
@@ -415,7 +410,7 @@ def _choose_vocabulary(
     kept = most_frequent(counts, model.heads.output.size(model.trunk), always=special)
     for output in model.heads.output.parts():
         assert isinstance(output, TrimmedOutput)
-        output.keep(kept, model.trunk.unembedding.weight)
+        output.keep(kept, model.heads.start_table(model.trunk))
     say(f"drafts can name {len(kept):,} tokens, {coverage(counts, kept):.1%} of the text")
 
 

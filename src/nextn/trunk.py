@@ -255,6 +255,12 @@ class Trunk:
         groups = getattr(attention, "num_key_value_groups", 1)  # compressed keys (MLA) have neither
         return heads, heads // groups, getattr(attention, "head_dim", self.width // heads)
 
+    @property
+    def experts_per_token(self) -> int | None:
+        """How many experts a token chooses, by whatever name the config has for it; None where it has none."""
+        names = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
+        return next((int(value) for name in names if (value := getattr(self.config, name, None))), None)
+
     def attention(self, layer: int) -> Any:
         """The attention module of a layer."""
         return self.layers[layer].self_attn

@@ -82,11 +82,18 @@ def foreign_to(scripts: Iterable[str], tokenizer: PreTrainedTokenizerBase, vocab
     """The tokens with a letter of another script than these, as Unicode calls them: latin, cyrillic, cjk, hangul, …
 
     Digits, marks and spaces belong to every script, and so do pieces of a character, which are told by frequency alone.
+
+    Raises:
+        DataError: for a script that no token has.
     """
-    known = tuple(script.upper() for script in scripts)
     texts = tokenizer.batch_decode([[token] for token in range(min(vocab_size, len(tokenizer)))])
-    return [
-        token
-        for token, text in enumerate(texts)
-        if any(letter.isalpha() and not unicodedata.name(letter, "").startswith(known) for letter in text)
-    ]
+    scripts_of = [{_script(letter) for letter in text if letter.isalpha()} for text in texts]
+    known = {script.upper() for script in scripts}
+    if strange := known - set().union(*scripts_of):
+        raise DataError(f"No token has letters of the script {strange.pop().lower()}; scripts are latin, cyrillic, …")
+    return [token for token, found in enumerate(scripts_of) if not found <= known]
+
+
+def _script(letter: str) -> str:
+    """The first word of its name in Unicode, such as LATIN; of a piece of a character, nothing."""
+    return unicodedata.name(letter, "").split(" ")[0]

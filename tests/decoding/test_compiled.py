@@ -10,6 +10,7 @@ import torch
 
 import nextn
 from conftest import CONFIGS, KINDS, made_up_text, make_host
+from nextn.config import OutputConfig
 from nextn.decoding.compiled import key
 from nextn.decoding.engine import Engine
 from nextn.decoding.verify import Verify
@@ -52,6 +53,16 @@ def test_compiled_heads_give_the_eager_text_and_acceptance(trained_host, cache):
 def test_every_host_compiles(family, cache):
     model = nextn.attach(make_host(family), nextn.MultiTokenConfig(n=3, **KINDS["recurrent"])).eval()
     compiles_to_the_same(model, rows=1)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize(
+    "stated", ["separate", "low_rank:16", "trimmed:40,own", "clustered:16:4", "clustered:16:4,own"]
+)
+def test_every_output_compiles(stated, trained_host, cache):
+    config = nextn.MultiTokenConfig(n=3, output=OutputConfig.parse(stated), **KINDS["recurrent"])
+    compiles_to_the_same(nextn.attach(copy.deepcopy(trained_host), config).eval(), rows=2)
 
 
 @pytest.mark.slow

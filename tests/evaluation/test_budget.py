@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from nextn.cli import app
-from nextn.config import ConfigError
+from nextn.config import ConfigError, MultiTokenConfig
 from nextn.evaluation.budget import fields_of, shares_of, short
+from nextn.evaluation.costs import costs_of
+from nextn.model import MultiTokenModel
 
 GEMMA = {
     "model_type": "gemma4_text",
@@ -36,6 +40,7 @@ SHAPES = {
         "num_key_value_heads": 1,
         "intermediate_size": 6144,
         "num_kv_shared_layers": 20,
+        "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
     },
     "gemma-4-31b": GEMMA
     | {
@@ -92,7 +97,7 @@ def test_deepseek_v3(asked):
     # 37B parameters activated, the embedding of 0.9B looked up
     assert found["trunk"]["weights_met"] == pytest.approx(37e9 - 0.9e9, rel=0.02)
     assert 1.3 < module["verification_reads_over_trunk"] < 1.9, "two tokens wake more experts than one"
-    assert "compressed keys" in found["left_out"]["shared_kv, shared"]
+    assert "compressed keys" in found["left_out"]["shared_kv, shared"]["2"]
 
 
 @pytest.mark.parametrize(
@@ -117,10 +122,10 @@ TINY = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num
 
 def test_measured_acceptance_decides(asked, tmp_path):
     def row(output: str, kept: float, *shares: float) -> dict:
-        return {"output": output, "kept": kept, "acceptance": {"conditional": shares}}
+        return {"heads": "recurrent", "output": output, "kept": kept, "acceptance": {"conditional": shares}}
 
     tried = [row("shared", 1.0, 0.9, 0.9), row("trimmed:256", 0.97, 0.88, 0.2), row("trimmed:64", 0.5, 0.5, 0.5)]
-    (tmp_path / "measured.json").write_text(json.dumps({"tried": tried}))
+    (tmp_path / "measured.json").write_text(json.dumps({"tried": tried, "after": tried[1]}))
     options = "--measured", str(tmp_path / "measured.json"), "--heads", "recurrent", "--output", "auto"
     found = asked(TINY, *options, "--depths", "auto")
     assert {each["output"] for each in found["entries"]} == {"trimmed:256"}
@@ -129,6 +134,9 @@ def test_measured_acceptance_decides(asked, tmp_path):
     assert by_n[3]["tau"] == pytest.approx(1 + 0.88 + 0.88 * 0.2)
     fastest = max(by_n, key=lambda n: by_n[n]["speedup"])
     assert f"n = {fastest} is the fastest" in found["printed"]
+    assert {each["acceptance"] for each in found["entries"]} == {"measured"}
+    other = asked(TINY, *options[:2], "--heads", "parallel", "--output", "trimmed:256", "--n", "3")
+    assert other["entries"][0]["acceptance"] == "assumed" and other["entries"][0]["tau"] == pytest.approx(2.19)
     given = asked(TINY, "--acceptance", "0.5", "--n", "3", "--heads", "recurrent", "--output", "shared")
     assert given["entries"][0]["tau"] == 1.75
 
@@ -142,7 +150,9 @@ def test_measured_acceptance_decides(asked, tmp_path):
         (["--output", "auto"], "give --measured"),
         (["--output", "big"], "kind: Input should be"),
         (["--acceptance", "2"], "give shares between 0 and 1"),
-        (["--set", "colour=3"], "no field=value of the heads"),
+        (["--set", "tap=[0"], "the value is not YAML"),
+        (["--set", "n=3"], "use these"),
+        (["--set", "colour=3"], "heads have no such field"),
         (["--depths", "3"], "give auto, or numbers with --n"),
         (["--measured", "none.json"], "is not what `nextn compress --json` writes"),
     ],
@@ -151,6 +161,21 @@ def test_what_cannot_be_budgeted_is_said_in_one_sentence(options, message, tmp_p
     (tmp_path / "shape.json").write_text(json.dumps(TINY))
     done = CliRunner().invoke(app, ["budget", str(tmp_path / "shape.json"), *MACHINE, *options])
     assert done.exit_code == 1 and message in " ".join(done.output.split()), done.output
+
+
+def test_what_some_n_cannot_have_is_left_out(asked):
+    weights = "weights={preset: list, values: [0, 1, 1]}"
+    found = asked(TINY, "--heads", "recurrent", "--set", weights, "--output", "shared")
+    assert [each["n"] for each in found["entries"]] == [3]
+    assert "is left out at n = 2, 4" in found["printed"]
+
+
+def test_gemma_4_keeps_the_keys_of_some_layers_alone():
+    """E2B: 15 of 35 layers have keys of their own; all but every fifth see 512 positions."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES["gemma-4-e2b"]))
+        costs = costs_of(MultiTokenModel(base, MultiTokenConfig(n=2, recurrent=True)))
+    assert costs.trunk_caches == ([(2 * 256 * 2, 512)] * 4 + [(2 * 512 * 2, None)]) * 3
 
 
 def test_configs_that_are_none(tmp_path):

@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 
 import nextn
 from conftest import MORE_KINDS, make_host
-from nextn.evaluation.costs import BATCHES, Machine, Option, Weights, best_n, cheapest, costs_of, tau_of, usual_outputs
+from nextn.evaluation.costs import (
+    BATCHES,
+    Machine,
+    Option,
+    Weights,
+    best_n,
+    cache_bytes,
+    cheapest,
+    costs_of,
+    tau_of,
+    usual_outputs,
+)
+from nextn.evaluation.roofline import step_cost
 from nextn.model import MultiTokenModel
 from nextn.output import build_output
 from nextn.trunk import Trunk
@@ -49,31 +61,58 @@ def test_experts_that_are_read_are_those_that_some_token_chose(chosen, tokens, s
 @pytest.mark.parametrize("kind", MORE_KINDS)
 def test_drafts_are_passes_of_real_modules(kind):
     model = build(**MORE_KINDS[kind])
-    passes = costs_of(model).passes
+    costs = costs_of(model)
     own = sum(parameter.numel() for parameter in model.heads.parameters())
-    table = model.trunk.vocab_size * model.trunk.width
-    assert len(passes) == 3
+    assert len(costs.passes) == 3
+    assert costs.output == Weights(model.trunk.vocab_size * model.trunk.width)
     if model.heads.recurrent:
-        assert passes[0][0].met() == own + table
         fused = sum(parameter.numel() for parameter in model.heads.fusing.parameters()) if model.heads.fusing else 0
-        assert {weights.met() for weights, _ in passes[1:]} == {own + table - fused}
-        assert [tokens for _, tokens in passes] == [4 if model.heads.cache_count else 1, 1, 1]
+        assert [weights.met() for weights, _ in costs.passes] == [own, own - fused, own - fused]
+        assert [tokens for _, tokens in costs.passes] == [4 if model.heads.cache_count else 1, 1, 1]
     else:
-        assert sum(weights.met() for weights, _ in passes) == own + 3 * table
-    assert costs_of(build(output={"kind": "trimmed", "size": 16}, **MORE_KINDS[kind])).passes[1][0].met() == (
-        passes[1][0].met() - table + 16 * 32
-    )
+        assert sum(weights.met() for weights, _ in costs.passes) == own
+    trimmed = costs_of(build(output={"kind": "trimmed", "size": 16}, **MORE_KINDS[kind]))
+    assert trimmed.output == Weights(16 * 32) and trimmed.passes == costs.passes
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "parallel"])
+def test_operations_are_those_that_the_bench_counts(kind):
+    """Two ways to the same count: the accounting's, and `step_cost` of an engine."""
+    model = build(output={"kind": "trimmed", "size": 16}, **MORE_KINDS[kind]).eval()
+    engine, costs = model.engine(), costs_of(model)
+    engine._example(0)
+    counted = step_cost(engine)
+    drafts = sum(weights.met() * tokens for weights, tokens in costs.passes) + 3 * costs.output.met()
+    assert counted["draft_operations"] == 2 * drafts
+    assert counted["operations"] == 2 * (drafts + 4 * costs.trunk.met())
+
+
+def test_clusters_are_read_as_experts_are():
+    model = build(output={"kind": "clustered", "clusters": 8, "top_clusters": 2}, recurrent=True)
+    output = costs_of(model).output
+    assert output.met() == model.heads.output.operations(model.trunk) == (8 + 2 * 8) * 32
+    assert output.read(1000) == pytest.approx((8 + 64) * 32), "many rows choose all clusters between them"
+
+
+def test_caches_are_as_long_as_their_window():
+    costs = costs_of(build("gemma3"))  # sliding, full, sliding; windows of 8
+    a_position = 2 * 2 * 8 * 2
+    assert costs.trunk_caches == [(a_position, 8), (a_position, None), (a_position, 8)]
+    assert cache_bytes(costs.trunk_caches, 100) == (8 + 100 + 8) * a_position
+    assert cache_bytes(costs.trunk_caches, 3) == 9 * a_position
+    latent = costs_of(build("deepseek_v3"))
+    assert latent.trunk_caches[0] == ((16 + 4) * 2, None), "compressed, as engines keep it"
 
 
 def test_the_limits_of_the_roofline():
     costs = costs_of(build(recurrent=True))
     reading, multiplying = Machine(1e9, math.inf), Machine(math.inf, 1e9)
-    trunk, drafts = costs.trunk.met(), sum(weights.met() for weights, _ in costs.passes)
+    trunk, drafts = costs.trunk.met(), sum(weights.met() for weights, _ in costs.passes) + 3 * costs.output.met()
     assert costs.speedup(reading, 1, 0, 2.4) == pytest.approx(2.4 * trunk / (trunk + drafts))
-    multiplied = 4 * trunk + sum(weights.met() * tokens for weights, tokens in costs.passes)
+    multiplied = 4 * trunk + sum(weights.met() * tokens for weights, tokens in costs.passes) + 3 * costs.output.met()
     assert costs.speedup(multiplying, 5, 0, 2.4) == pytest.approx(2.4 * trunk / multiplied)
     # three layers of keys and values, two heads of 8, in two bytes
-    assert costs.trunk_cache == 3 * 2 * 2 * 8 * 2 and costs.pass_cache == 2 * 2 * 8 * 2
+    assert costs.trunk_caches == 3 * [(2 * 2 * 8 * 2, None)] and costs.pass_caches == [(2 * 2 * 8 * 2, None)]
     assert costs.speedup(reading, 1, 10**9, 2.4) == pytest.approx(2.4 * 3 / (3 + 3), rel=1e-3), (
         "each draft reads a cache"
     )

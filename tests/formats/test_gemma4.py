@@ -73,6 +73,9 @@ def test_what_does_not_fit_is_refused_in_one_sentence(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(settings | change))
         with pytest.raises(FormatError, match=message):
             gemma4.read_output(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(FormatError, match="is no JSON object"):
+        gemma4.read_output(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors.pop("masked_embedding.token_ordering")
     save_file(tensors, tmp_path / "model.safetensors")

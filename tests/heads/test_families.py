@@ -135,7 +135,7 @@ def test_drafts_are_what_training_says_at_that_position(family, kind):
             ids = torch.cat([before, prefix, drafts, after], dim=1)
             places = torch.cat([torch.arange(part.shape[1]) for part in (before, ids[:, 5:-6], after)])[None]
             text = as_text(ids, None, places)
-            _, tapped = model._run_trunk(text)
+            _, tapped = model.run_trunk(text)
             states = heads(trunk, tapped, text)
         forced = [int(heads.output(trunk, state[0, 5 + length - 2]).argmax()) for state in states]
         assert forced == drafts[0].tolist()

@@ -6,8 +6,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from nextn.decoding.engine import Engine, Generation
 from nextn.distill import like_lengths_together
+from nextn.model import MultiTokenModel, as_text
 
 DEFINITIONS = (
     "τ: tokens per trunk forward after the prefill, the bonus token included, a last truncated step left out (plain "
@@ -60,6 +63,23 @@ def decoded(
         found[prompts[order[place]][0]].append(result)
         advance()
     return dict(sorted(found.items()))
+
+
+@torch.inference_mode()
+def covered(model: MultiTokenModel, generations: Sequence[Generation]) -> float:
+    """The share of the emitted tokens that a state of the heads for their place could name, over all depths."""
+    named = total = 0
+    for result in generations:
+        ids = torch.tensor([result.prompt + result.tokens], device=model.trunk.device)
+        text = as_text(ids, None, None)
+        _, tapped = model.run_trunk(text)
+        states = model.heads(model.trunk, tapped.to(next(model.heads.parameters()).dtype), text)
+        for depth, state in enumerate(states, start=2):
+            first = max(0, len(result.prompt) - depth)
+            targets, reads = ids[:, first + depth :], state[:, first : ids.shape[1] - depth]
+            named += int(model.heads.output.at(depth).can_name(model.trunk, reads, targets).sum())
+            total += targets.numel()
+    return named / max(1, total)
 
 
 def _share(part: int, whole: int) -> float:

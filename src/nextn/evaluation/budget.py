@@ -12,15 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from nextn.config import ConfigError, MultiTokenConfig, OutputConfig
-from nextn.derive import stored_parameters
-from nextn.evaluation.costs import Costs, Machine, Option, best_n, cheapest, costs_of, tau_of, usual_outputs
+from nextn.config import ConfigError, MultiTokenConfig, OutputConfig, field_value
+from nextn.evaluation.costs import (
+    BATCHES,
+    Costs,
+    Machine,
+    Option,
+    best_n,
+    cheapest,
+    costs_of,
+    stored_bytes,
+    stored_parameters,
+    tau_of,
+    usual_outputs,
+)
 from nextn.formats import FormatError, native
 from nextn.formats.bundled import find
 from nextn.model import MultiTokenModel
@@ -35,6 +45,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "shared_kv": {"heads": "shared_kv"},
 }
 ASSUMED = [0.7]
+OF_OPTIONS = {"n", "heads", "recurrent", "output"}  # fields of the heads that have options of their own
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,7 @@ class Budget:
     keep: for `auto`: the share of the acceptance to keep.
     batch, context: rows of a step, and positions in each row's cache.
     bandwidth, rate: bytes and operations a second of the machine.
+    width: bytes a weight.
     """
 
     model: str
@@ -64,6 +76,7 @@ class Budget:
     context: int = 1024
     bandwidth: float = 1e11
     rate: float = 1e13
+    width: int = 2
 
 
 @dataclass
@@ -75,8 +88,11 @@ class Entry:
     n: int
     parameters: int
     output_parameters: int
+    output_part: tuple[int, int]  # parameters of one output, and the width of states that it reads
+    bytes: int
     costs: Costs
     operations: int
+    acceptance: str  # `measured`, `given` or `assumed`
     tau: float
     speedup: float
     stops_paying: int | None
@@ -85,7 +101,7 @@ class Entry:
     @property
     def draft_share(self) -> float:
         """What a draft reads, on average, beside what a plain step of the trunk reads."""
-        return sum(weights.met() for weights, _ in self.costs.passes) / len(self.costs.passes) / self.costs.trunk.met()
+        return self.costs.draft_weights / self.costs.trunk.met()
 
     @property
     def verify_reads(self) -> float:
@@ -99,16 +115,17 @@ class Entry:
             "output": self.output,
             "n": self.n,
             "parameters": {"heads": self.parameters, "output": self.output_parameters},
-            "bytes": 2 * (self.parameters + self.output_parameters),
-            "draft_weights": round(sum(weights.met() for weights, _ in self.costs.passes) / len(self.costs.passes)),
+            "bytes": self.bytes,
+            "draft_weights": round(self.costs.draft_weights),
             "draft_over_trunk": self.draft_share,
             "output_operations": self.operations,
             "verification_reads_over_trunk": self.verify_reads,
             "verification_operations_over_trunk": self.n,
+            "acceptance": self.acceptance,
             "tau": self.tau,
             "speedup": self.speedup,
             "stops_paying_at_batch": self.stops_paying,
-            "slower_below_at_batches": self.slow_batches,
+            "slower_at_batches_too": self.slow_batches,
         }
 
 
@@ -126,19 +143,20 @@ def budget(asked: Budget, console: Console) -> dict[str, Any]:
         raise ConfigError(f"n must be at least 2 (the next token and one more), not {min(ns)}.")
     outputs, reasons = _outputs(asked, trunk, measured)
     entries: list[Entry] = []
-    left_out: dict[str, str] = {}
+    left_out: dict[str, dict[int, str]] = {}
     for kind in asked.heads or KINDS:
         for output in outputs:
             for n in ns:
                 try:
                     entries.append(_entry(asked, base, kind, output, n, measured))
                 except (ConfigError, HostError) as error:
-                    left_out[f"{kind}, {output}"] = str(error)
+                    left_out.setdefault(f"{kind}, {output}", {})[n] = str(error).rstrip(".")
     if not entries:
-        raise ConfigError(next(iter(left_out.values())))
+        raise ConfigError(f"{next(iter(next(iter(left_out.values())).values()))}.")
     if asked.depths not in (None, AUTO):
         raise ConfigError(f"--depths is {asked.depths}; give auto, or numbers with --n.")
-    shown_n = 4 if 4 in ns else ns[-1]
+    built = sorted({entry.n for entry in entries})
+    shown_n = 4 if 4 in built else built[-1]
     shown = [entry for entry in entries if entry.n == shown_n]
     if asked.depths == AUTO:
         chosen = _depths(entries)
@@ -147,24 +165,28 @@ def budget(asked: Budget, console: Console) -> dict[str, Any]:
     for each in (weights_table(entries, ns), outputs_table(entries), steps_table(shown, asked)):
         console.print(each)
     reasons.insert(0, separate_sentence(outputs, trunk, shown_n))
-    reasons += [f"{what} is left out: {why.rstrip('.')}" for what, why in left_out.items()]
-    for reason in reasons[:8]:  # all of them are in the JSON
+    for what, whys in left_out.items():
+        of = "" if len(whys) == len(ns) else f" at n = {', '.join(map(str, whys))}"
+        reasons.append(f"{what} is left out{of}: {next(iter(whys.values()))}")
+    for reason in reasons[:8]:
         console.print(f"{reason}.", highlight=False)
-    assumed = "measured" if measured else "as given" if asked.conditional else "assumed, the same for all outputs"
+    if len(reasons) > 8:
+        console.print(f"… and {len(reasons) - 8} more sentences of this kind, which --json has.", highlight=False)
+    sources = ", ".join(sorted({entry.acceptance for entry in shown}))
     console.print(
         "[dim]Draft: the weights that it meets, its output included, beside those that a token meets in the trunk. "
         "Verify: what that reads beside a plain step / how often it multiplies. Acceptance: "
-        f"{assumed}. Speed-up: expected over plain decoding, from {asked.bandwidth / 1e9:,.0f} GB/s and "
+        f"{sources}. Speed-up: expected over plain decoding, from {asked.bandwidth / 1e9:,.0f} GB/s and "
         f"{asked.rate / 1e12:,.1f} TFLOP/s at {asked.context:,} positions. Pays below: the batch from which on "
-        "drafting is slower than plain decoding.[/dim]"
+        "drafting is slower than plain decoding. Whether the host's rotation and logits suit the heads is not checked "
+        "here, but where they are attached.[/dim]"
     )
     return {
         "model": asked.model,
-        "trunk": {"parameters": _count(base), "weights_met": round(costs_trunk(entries).met())},
+        "trunk": {"parameters": _count(base), "weights_met": round(entries[0].costs.trunk.met())},
         "entries": [entry.figures() for entry in entries],
         "left_out": left_out,
         "reasons": reasons,
-        "acceptance": assumed,
         "machine": {"bandwidth": asked.bandwidth, "rate": asked.rate},
         "batch": asked.batch,
         "context": asked.context,
@@ -177,12 +199,12 @@ def fields_of(changes: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: where one cannot be read.
     """
-    fields = {}
-    for change in changes:
-        name, equals, value = change.partition("=")
-        if not equals or name not in MultiTokenConfig.model_fields:
-            raise ConfigError(f"--set {change} is no field=value of the heads.")
-        fields[name] = yaml.safe_load(value)
+    fields = dict(map(field_value, changes))
+    for name in fields:
+        if name in OF_OPTIONS:
+            raise ConfigError(f"--set {name} would change what --n, --heads and --output state; use these.")
+        if name not in MultiTokenConfig.model_fields:
+            raise ConfigError(f"--set {name}: heads have no such field.")
     return fields
 
 
@@ -221,14 +243,7 @@ def on_meta(model: str) -> PreTrainedModel:
         raise FormatError(f"The config of {model} cannot be used: {reason}.") from None
 
 
-def costs_trunk(entries: Sequence[Entry]) -> Any:
-    """The trunk, which all entries share."""
-    return entries[0].costs.trunk
-
-
-def _entry(
-    asked: Budget, base: PreTrainedModel, kind: str, output: OutputConfig, n: int, measured: dict[str, Any]
-) -> Entry:
+def _entry(asked: Budget, base: PreTrainedModel, kind: str, output: OutputConfig, n: int, measured: Measured) -> Entry:
     if kind not in KINDS:
         raise ConfigError(f"There are no {kind} heads; choose from {', '.join(KINDS)}.")
     fields: dict[str, Any] = {"n": n, "output": output.model_dump()} | KINDS[kind] | asked.fields
@@ -237,17 +252,22 @@ def _entry(
         model = MultiTokenModel(base, config)
     heads, table = stored_parameters(model.heads)
     costs = costs_of(model)
-    machine = Machine(asked.bandwidth, asked.rate)
-    shares = measured[str(output)]["conditional"] if str(output) in measured else asked.conditional or ASSUMED
-    tau = tau_of(shares, n)
+    machine = Machine(asked.bandwidth, asked.rate, asked.width)
+    found = measured.get((kind, str(output)))
+    source = "measured" if found else "given" if asked.conditional else "assumed"
+    tau = tau_of(found["conditional"] if found else asked.conditional or ASSUMED, n)
+    width = model.heads.output_width(config, model.trunk) if output.has_own_table else model.trunk.width
     return Entry(
         heads=kind,
         output=str(output),
         n=n,
         parameters=heads,
         output_parameters=table,
+        output_part=(table // len(list(model.heads.output.parts())), width),
+        bytes=stored_bytes(model.heads),
         costs=costs,
         operations=model.heads.output.operations(model.trunk),
+        acceptance=source,
         tau=tau,
         speedup=costs.speedup(machine, asked.batch, asked.context, tau),
         stops_paying=costs.stops_paying(machine, asked.context, tau),
@@ -255,24 +275,27 @@ def _entry(
     )
 
 
-def _measured(path: Path | None) -> dict[str, dict[str, Any]]:
-    """By output: conditional acceptance, multiplications and share kept, from what compress wrote."""
+Measured = dict[tuple[str, str], dict[str, Any]]  # by kind of heads and output
+
+
+def _measured(path: Path | None) -> Measured:
+    """Conditional acceptance and share kept, from what compress wrote; what it ended with comes last, and holds."""
     if path is None:
         return {}
     try:
-        tried = json.loads(path.read_text())["tried"]
+        found = json.loads(path.read_text())
         return {
-            each["output"]: {
+            (each["heads"], each["output"]): {
                 "conditional": [share for share in each["acceptance"]["conditional"] if share is not None] or [0.0],
                 "kept": each["kept"],
             }
-            for each in tried
+            for each in [*found["tried"], found["after"]]
         }
     except (OSError, ValueError, KeyError, TypeError):
         raise FormatError(f"{path} is not what `nextn compress --json` writes.") from None
 
 
-def _outputs(asked: Budget, trunk: Trunk, measured: dict[str, Any]) -> tuple[list[OutputConfig], list[str]]:
+def _outputs(asked: Budget, trunk: Trunk, measured: Measured) -> tuple[list[OutputConfig], list[str]]:
     """The outputs in question, and why, where they were chosen."""
     if list(asked.outputs) != [AUTO]:
         if asked.outputs:
@@ -282,11 +305,15 @@ def _outputs(asked: Budget, trunk: Trunk, measured: dict[str, Any]) -> tuple[lis
     if not measured:
         raise ConfigError("--output auto compares measured acceptance: give --measured, from nextn compress --json.")
     options = []
-    for name, figures in measured.items():
+    for (kind, name), figures in measured.items():
+        if asked.heads and kind not in asked.heads:
+            continue
+        fields: dict[str, Any] = {"output": OutputConfig.parse(name).model_dump()} | KINDS[kind] | asked.fields
         with torch.device("meta"):
-            config = MultiTokenConfig(recurrent=True, output=OutputConfig.parse(name))
-            output = MultiTokenModel(trunk.model, config).heads.output
+            output = MultiTokenModel(trunk.model, MultiTokenConfig(**fields)).heads.output
         options.append(Option(name, output.operations(trunk), figures["kept"]))
+    if not options:
+        raise ConfigError(f"{asked.measured} was measured on other heads than {', '.join(asked.heads)}.")
     chosen, why = cheapest(options, asked.keep)
     return [OutputConfig.parse(chosen.name)], [why]
 
@@ -308,32 +335,27 @@ def _depths(entries: Sequence[Entry]) -> list[tuple[Entry, str]]:
 
 def weights_table(entries: Sequence[Entry], ns: Sequence[int]) -> Table:
     """What heads weigh without their output, by kind and n."""
-    trunk = costs_trunk(entries)
+    trunk = entries[0].costs.trunk
     title = f"heads, without their output; a token meets {short(trunk.met())} weights of the trunk"
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for column in ("heads", *(f"n = {n}" for n in ns)):
         shown.add_column(column, justify="left" if column == "heads" else "right")
     for kind in dict.fromkeys(entry.heads for entry in entries):
         by_n = {entry.n: entry.parameters for entry in entries if entry.heads == kind}
-        shown.add_row(kind, *(short(by_n[n]) for n in ns))
+        shown.add_row(kind, *(short(by_n[n]) if n in by_n else "–" for n in ns))
     return shown
 
 
 def outputs_table(entries: Sequence[Entry]) -> Table:
-    """What outputs store and multiply."""
-    met = costs_trunk(entries).met()
+    """What one output stores and multiplies, by the width of the states that it reads."""
+    met = entries[0].costs.trunk.met()
     shown = Table(title="outputs", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("output", "stored", "bytes", "multiplications a draft", "of the trunk's"):
+    for column in ("output", "width", "stored", "bytes", "multiplications a draft", "of the trunk's"):
         shown.add_column(column, justify="left" if column == "output" else "right", no_wrap=True)
-    seen: dict[str, Entry] = {}
-    for entry in entries:  # those of recurrent heads are one; else one a depth would be counted
-        if entry.output not in seen or entry.output_parameters < seen[entry.output].output_parameters:
-            seen[entry.output] = entry
-    for output, entry in seen.items():
-        stored = entry.output_parameters
-        shown.add_row(
-            output, short(stored), f"{short(2 * stored)}B", short(entry.operations), f"{entry.operations / met:.1%}"
-        )
+    rows = dict.fromkeys((entry.output, *entry.output_part, entry.operations) for entry in entries)
+    for output, stored, width, operations in rows:
+        cells = short(stored), f"{short(2 * stored)}B", short(operations), f"{operations / met:.1%}"
+        shown.add_row(output, f"{width:,}", *cells)
     return shown
 
 
@@ -375,7 +397,9 @@ def steps_table(entries: Sequence[Entry], asked: Budget) -> Table:
 
 
 def _pays_below(entry: Entry) -> str:
-    stops = "any" if entry.stops_paying is None else f"{entry.stops_paying:,}"
+    if entry.stops_paying == 1:
+        return "never"
+    stops = f"over {BATCHES[-1]:,}" if entry.stops_paying is None else f"{entry.stops_paying:,}"
     slow = entry.slow_batches
     return f"{stops}, not {slow[0]}–{slow[-1]}" if len(slow) > 1 else f"{stops}, not {slow[0]}" if slow else stops
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from torch import nn
 
 from nextn.config import OutputConfig
+from nextn.heads.base import Heads
 from nextn.model import MultiTokenModel
-from nextn.trunk import Trunk
+from nextn.output import ClusteredOutput, Output
+from nextn.trunk import HostError, Trunk
 
 BATCHES = [2**power for power in range(13)]
 
@@ -58,8 +59,22 @@ def weights_of(modules: Iterable[nn.Module], trunk: Trunk) -> Weights:
                     experts, of = experts + parameter.numel(), parameter.shape[0]
                 else:
                     dense += parameter.numel()
-    chosen = min(of, getattr(trunk.config, "num_experts_per_tok", None) or getattr(trunk.config, "top_k", None) or of)
-    return Weights(dense, experts, chosen, of)
+    if not experts:
+        return Weights(dense)
+    if (chosen := trunk.experts_per_token) is None:
+        raise HostError(
+            f"{type(trunk.model).__name__} has experts, but its config does not say how many a token chooses."
+        )
+    return Weights(dense, experts, min(chosen, of), of)
+
+
+def weights_of_output(output: Output, trunk: Trunk) -> Weights:
+    """What a state meets in an output; clusters are chosen by states as experts are."""
+    output = output.at(2)
+    if isinstance(output, ClusteredOutput):
+        clusters, width = output.centroids.weight.shape
+        return Weights(clusters * width, trunk.vocab_size * width, output.top, clusters)
+    return Weights(output.operations(trunk))
 
 
 @dataclass(frozen=True)
@@ -85,27 +100,37 @@ class Machine:
 class Costs:
     """A trunk and its heads as passes.
 
-    passes: what the drafts of one step run one after the other: weights, and tokens a row.
-    trunk_cache, pass_cache: bytes that one position of the context takes in the trunk's caches, and in that of a pass.
+    passes: what the drafts of one step run one after the other, outputs left out: weights, and tokens a row.
+    output: what each draft meets in its output, with one token a row.
+    trunk_caches, pass_caches: of each layer of the trunk, and of a pass: the bytes of a position, and the window beyond
+        which it sees none (None: it sees all).
     """
 
     trunk: Weights
     passes: list[tuple[Weights, int]]
-    trunk_cache: int
-    pass_cache: int
+    output: Weights
+    trunk_caches: list[tuple[int, int | None]]
+    pass_caches: list[tuple[int, int | None]]
+
+    @property
+    def draft_weights(self) -> float:
+        """The weights that a draft meets, on average."""
+        return sum(weights.met() for weights, _ in self.passes) / len(self.passes) + self.output.met()
 
     def plain(self, machine: Machine, batch: int, context: int) -> float:
         """Seconds of a plain step."""
-        return machine.seconds(self.trunk, batch, batch * context * self.trunk_cache)
+        return machine.seconds(self.trunk, batch, batch * cache_bytes(self.trunk_caches, context))
 
     def verify(self, machine: Machine, batch: int, context: int) -> float:
         """Seconds of the trunk over the pending token and all drafts."""
-        return machine.seconds(self.trunk, batch * (len(self.passes) + 1), batch * context * self.trunk_cache)
+        tokens = batch * (len(self.passes) + 1)
+        return machine.seconds(self.trunk, tokens, batch * cache_bytes(self.trunk_caches, context))
 
     def draft(self, machine: Machine, batch: int, context: int) -> float:
         """Seconds of all drafts of a step."""
-        cache = batch * context * self.pass_cache
-        return sum(machine.seconds(weights, batch * tokens, cache) for weights, tokens in self.passes)
+        cache = batch * cache_bytes(self.pass_caches, context)
+        outputs = len(self.passes) * machine.seconds(self.output, batch)
+        return outputs + sum(machine.seconds(weights, batch * tokens, cache) for weights, tokens in self.passes)
 
     def speedup(self, machine: Machine, batch: int, context: int, tau: float) -> float:
         """Tokens a second over plain decoding's, where a step gives τ tokens."""
@@ -151,22 +176,38 @@ def costs_of(model: MultiTokenModel, width: int = 2) -> Costs:
         passes = [(weights_of(heads.regions(), trunk), first), *[(again, 1)] * (heads.n - 2)]
     else:
         passes = [(weights_of([part], trunk), first) for part in modules]
-    table = heads.output.operations(trunk)
-    passes = [
-        (Weights(weights.dense + table, weights.experts, weights.chosen, weights.of), tokens)
-        for weights, tokens in passes
-    ]
-    caches = [_cache_numbers(trunk, layer) * width for layer in range(len(trunk.layers))]
-    reads = heads.reads or ((len(trunk.layers) - 1,) if heads.cache_count else ())
-    return Costs(weights_of([trunk.model], trunk), passes, sum(caches), sum(caches[layer] for layer in reads))
+    layers = range(len(trunk.layers))
+    keeping = [layer for layer in layers if not getattr(trunk.attention(layer), "is_kv_shared_layer", False)]
+    own = [_like_last(model, width)] if heads.cache_count else []
+    return Costs(
+        trunk=weights_of([trunk.model], trunk),
+        passes=passes,
+        output=weights_of_output(heads.output, trunk),
+        trunk_caches=[_cache(trunk, layer, width) for layer in keeping],
+        pass_caches=[_cache(trunk, layer, width) for layer in heads.reads] or own,
+    )
 
 
-def _cache_numbers(trunk: Trunk, layer: int) -> int:
-    """Numbers that a position takes in a layer's cache; compressed where attention is (MLA), as engines keep them."""
+def cache_bytes(caches: Iterable[tuple[int, int | None]], context: int) -> int:
+    """What a row with so many positions reads of some caches."""
+    return sum(size * (context if window is None else min(context, window)) for size, window in caches)
+
+
+def _cache(trunk: Trunk, layer: int, width: int) -> tuple[int, int | None]:
+    """Bytes of a position in a layer's cache, compressed where attention is (MLA), as engines keep them; its window."""
+    window = trunk.window(trunk.layer_types[layer])
     if hasattr(trunk.config, "kv_lora_rank"):
-        return int(trunk.config.kv_lora_rank) + int(trunk.config.qk_rope_head_dim)
-    _, key_heads, width = trunk.attention_shape(layer)
-    return 2 * key_heads * width
+        return (int(trunk.config.kv_lora_rank) + int(trunk.config.qk_rope_head_dim)) * width, window
+    _, key_heads, head_width = trunk.attention_shape(layer)
+    return 2 * key_heads * head_width * width, window
+
+
+def _like_last(model: MultiTokenModel, width: int) -> tuple[int, int | None]:
+    """The cache of heads that have their own: as the trunk's last layer; EAGLE-3's is a plain one on any host."""
+    if model.multi_token.kind != "eagle3":
+        return _cache(model.trunk, len(model.trunk.layers) - 1, width)
+    _, key_heads, head_width = model.trunk.attention_shape()
+    return 2 * key_heads * head_width * width, None
 
 
 def tau_of(conditional: Sequence[float], n: int) -> float:
@@ -186,7 +227,6 @@ class Option:
     name: str
     operations: int
     kept: float
-    figures: dict[str, Any] = field(default_factory=dict)
 
 
 def cheapest(options: Sequence[Option], share: float) -> tuple[Option, str]:
@@ -222,15 +262,34 @@ def best_n(speedups: dict[int, float]) -> tuple[int, str]:
     return chosen, verdict
 
 
-def usual_outputs(vocabulary: int, width: int, trimmed: bool = True) -> list[OutputConfig]:
-    """Outputs worth a comparison for a vocabulary and a width."""
+def usual_outputs(vocabulary: int, width: int, trimmed: bool = True, each: bool = False) -> list[OutputConfig]:
+    """Outputs worth a comparison for a vocabulary and the width of what own tables read.
+
+    Args:
+        trimmed: whether there is a text to choose tokens by.
+        each: whether own tables are one for each module.
+    """
     stated = ["shared"]
     if trimmed:
         stated += [f"trimmed:{vocabulary // share // 64 * 64}" for share in (2, 4, 8, 16) if vocabulary // share >= 64]
-    stated += [f"low_rank:{width // share}" for share in (2, 4, 8) if width // share]
+    stated += [f"low_rank:{width // share}{',each' if each else ''}" for share in (2, 4, 8) if width // share]
     divisors = [count for count in range(2, vocabulary // 2 + 1) if vocabulary % count == 0]
     if divisors:
         clusters = min(divisors, key=lambda count: abs(count - vocabulary / 96))
         tops = sorted({max(1, clusters // share) for share in (64, 32, 16)})
         stated += [f"clustered:{clusters}:{top}" for top in tops]
     return [OutputConfig.parse(each) for each in stated]
+
+
+def stored_bytes(heads: Heads) -> int:
+    """What heads take in a file, in bfloat16: parameters, and the buffers of their output."""
+    return sum(
+        tensor.numel() * (2 if tensor.is_floating_point() else tensor.element_size())
+        for tensor in heads.state_dict().values()
+    )
+
+
+def stored_parameters(heads: Heads) -> tuple[int, int]:
+    """What heads store: parameters without their output's, and those of the output (the trunk's own left out)."""
+    output = sum(parameter.numel() for parameter in heads.output.parameters())
+    return sum(parameter.numel() for parameter in heads.parameters()) - output, output

@@ -34,7 +34,7 @@ def step_cost(engine: Engine) -> dict[str, int]:
         every = sum(parameter.numel() for parameter in heads.parameters())
         own, table = every - sum(part.numel() for part in heads.output.parameters()), heads.output.operations(trunk)
         # A shared output is the trunk's table again; the rows of any other one are read besides.
-        draft_weights = own + (0 if type(heads.output) is SharedOutput else table)
+        draft_weights = own + (0 if isinstance(heads.output, SharedOutput) else table)
         # All states of a step go through the heads once; a recurrent module sees its own states after that.
         draft_operations = 2 * (own * (width + (heads.n - 2) * heads.recurrent) + table * (heads.n - 1))
     size = trunk.unembedding.weight.element_size()

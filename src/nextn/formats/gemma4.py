@@ -9,9 +9,11 @@ of tokens that were not scored with the smallest logit minus 1, which leaves the
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -45,12 +47,13 @@ def read_output(directory: str | Path) -> tuple[OutputConfig, dict[str, Tensor]]
     tensors = {ours: stored[theirs] for ours, theirs in _NAMES.items()}
     clusters, vocabulary = len(tensors["centroids.weight"]), len(tensors["table.weight"])
     ordering = tensors["token_ordering"].long()
-    whole = len(ordering) == vocabulary and ordering.sort().values.equal(ordering.new_tensor(range(vocabulary)))
-    if settings.get("num_centroids") != clusters or not whole:
-        raise FormatError(f"{directory}: centroids, token ordering and config do not fit together; a file is damaged.")
+    whole = len(ordering) == vocabulary and ordering.sort().values.equal(torch.arange(vocabulary))
     top = settings.get("centroid_intermediate_top_k")
+    fits = settings.get("num_centroids") == clusters and isinstance(top, int) and 1 <= top <= clusters
+    if not (fits and whole and vocabulary % clusters == 0):
+        raise FormatError(f"{directory}: centroids, token ordering and config do not fit together; a file is damaged.")
     config = OutputConfig(kind="clustered", clusters=clusters, top_clusters=top, own=True)
-    return config, tensors | {"token_ordering": ordering}
+    return config, tensors | {"token_ordering": ordering.int()}
 
 
 def write_output(output: ClusteredOutput, directory: str | Path) -> None:
@@ -66,8 +69,10 @@ def write_output(output: ClusteredOutput, directory: str | Path) -> None:
     tensors = read_tensors(weights) if weights.is_file() else {}
     ours = output.state_dict()
     tensors |= {theirs: ours[name].contiguous().cpu() for name, theirs in _NAMES.items()}
-    save_file(tensors, weights, metadata={"format": "pt"})
+    tensors[_NAMES["token_ordering"]] = tensors[_NAMES["token_ordering"]].long()
     settings = _settings(directory) if (directory / "config.json").is_file() else {"model_type": "gemma4_assistant"}
+    save_file(tensors, temporary := directory / "model.safetensors.part", metadata={"format": "pt"})
+    os.replace(temporary, weights)
     settings |= {
         "use_ordered_embeddings": True,
         "num_centroids": len(output.centroids.weight),
@@ -79,8 +84,11 @@ def write_output(output: ClusteredOutput, directory: str | Path) -> None:
 def _settings(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:
-        return dict(json.loads(path.read_text()))
+        settings = json.loads(path.read_text())
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError:
-        raise FormatError(f"{path} is not JSON; it is damaged.") from None
+        settings = None
+    if not isinstance(settings, dict):
+        raise FormatError(f"{path} is no JSON object; it is damaged.")
+    return settings

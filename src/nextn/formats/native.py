@@ -209,9 +209,14 @@ def config_of(directory: str | Path) -> MultiTokenConfig:
 
 def base_of(directory: str | Path) -> str:
     """Where the base model of heads is: beside them, or where they say."""
+    return find(base_name(directory))
+
+
+def base_name(directory: str | Path) -> str:
+    """How the base model of heads is called: the directory that they lie in with it, or what they say."""
     directory = heads_directory(directory)
-    name = describe(directory)["base"]["name"]
-    return str(directory) if (directory / "config.json").is_file() else find(name)
+    name = str(describe(directory)["base"]["name"])
+    return str(directory) if (directory / "config.json").is_file() else name
 
 
 def heads_directory(directory: str | Path) -> Path:
@@ -237,9 +242,14 @@ def _reason(error: Exception) -> str:
     return lines[0].rstrip(".:") + "."
 
 
+def heads_file(directory: str | Path) -> Path:
+    """The tensors of the heads in a directory."""
+    return Path(directory) / EXTRA / "heads.safetensors"
+
+
 def load_heads(model: MultiTokenModel, directory: str | Path) -> None:
     """Put the tensors of `directory`/nextn/heads.safetensors into the model's heads."""
-    path = Path(directory) / EXTRA / "heads.safetensors"
+    path = heads_file(directory)
     tensors = read_tensors(path)
     wanted = model.heads.state_dict()
     wrong = sorted(wanted.keys() ^ tensors.keys()) or sorted(

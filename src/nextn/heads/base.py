@@ -135,9 +135,9 @@ class Heads(nn.Module, ABC):
         """The width of the states that a table of their own reads."""
         return trunk.width
 
-    def table_of_its_own(self, table: Tensor) -> Tensor:
-        """The table [V, output_width] that gives the logits of the trunk's [V, D]: what an own table starts from."""
-        return table
+    def start_table(self, trunk: Trunk) -> Tensor:
+        """The table [V, D] that gives the trunk's logits, by the states that the output reads: where it starts."""
+        return trunk.unembedding.weight
 
     def regions(self) -> Iterator[nn.Module]:
         """The modules that do most of the work, each called as a whole: what torch.compile is given, one by one."""

@@ -30,7 +30,9 @@ class QueryLayer(nn.Module):
     def __init__(self, trunk: Trunk, width: int, kind: str, heads: int | None) -> None:
         super().__init__()
         self.kind = kind
-        theirs, key_heads, self.head_width = trunk.attention_shape(trunk.last_layer_of(kind) or 0)
+        layer = trunk.last_layer_of(kind)
+        assert layer is not None
+        theirs, key_heads, self.head_width = trunk.attention_shape(layer)
         self.heads = heads or theirs
         if self.heads % key_heads:
             raise ConfigError(f"drafter_heads is {self.heads}: take a multiple of the base's {key_heads} key heads.")
@@ -92,9 +94,9 @@ class SharedKVHeads(Heads):
     def output_width(config: MultiTokenConfig, trunk: Trunk) -> int:
         return config.drafter_width or trunk.width // 2
 
-    def table_of_its_own(self, table: Tensor) -> Tensor:
-        """An own table reads the thin state, which the trunk's would read projected up."""
-        return table @ self.post_projection.weight
+    def start_table(self, trunk: Trunk) -> Tensor:
+        table = trunk.unembedding.weight  # an own table reads the thin state, the trunk's reads it projected up
+        return table @ self.post_projection.weight if self.own_table else table
 
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
         states, state, visible = [], self.read(hidden), text.visible
