@@ -112,8 +112,8 @@ def main(
     out.write_text(json.dumps(found, indent=2) + "\n")
     console.print(_table(found))
     console.print(
-        f"[dim]{DEFINITIONS} Derived: τ before recovery, on 12 prompts. Draft: all drafts of a step. Tokens a second: end "
-        "to end, prefill included, medians over repeats.[/dim]"
+        f"[dim]{DEFINITIONS} Derived: τ before recovery, on 12 prompts. Draft: all drafts of a step. Tokens a second: "
+        "end to end, prefill included, medians over repeats.[/dim]"
     )
     _plot(found, plot)
 
