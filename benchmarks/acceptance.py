@@ -18,10 +18,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from nextn.data import prompt_ids, read_prompts
-from nextn.evaluation.acceptance import DEFINITIONS, Acceptance, decoded
+from nextn.evaluation.acceptance import DEFINITIONS, Acceptance, covered, decoded
 from nextn.evaluation.report import acceptance_json, machine, percent
+from nextn.formats import native
 from nextn.formats.bundled import NAME
-from nextn.formats.native import open_for_decoding
 
 
 def main(
@@ -33,13 +33,15 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the figures there as JSON.")] = None,
 ) -> None:
     records = read_prompts(prompts)
-    engine, tokenizer = open_for_decoding(heads, dtype=dtype, rows=rows)
+    model = native.load(heads, dtype=native.named_dtype(dtype))
+    engine, tokenizer = model.engine(rows), native.load_tokenizer(native.base_of(heads))
     texts = [(record.get("category", "all prompts"), prompt_ids(tokenizer, record["prompt"])) for record in records]
     with Progress() as bar:
         task = bar.add_task("decoding", total=len(texts))
         found = decoded(engine, texts, new_tokens, lambda: bar.advance(task))
 
     figures = {name: Acceptance.of(results, engine.n) for name, results in found.items()}
+    coverage = covered(model, [result for results in found.values() for result in results])
     overall = Acceptance.of([result for results in found.values() for result in results], engine.n)
     table = Table(
         title=f"{heads}: {len(texts)} prompts, {new_tokens} new tokens, greedy, {dtype}", title_justify="left"
@@ -51,6 +53,7 @@ def main(
         table.add_row(name, str(count), f"{row.tau:.3f}", percent(row.conditional), percent(row.cumulative))
     console = Console()
     console.print(table)
+    console.print(f"{coverage:.1%} of the text's tokens could be named by {model.multi_token.output}.", highlight=False)
     console.print(f"[dim]By draft 1 … {engine.n - 1}. {DEFINITIONS}[/dim]")
     if out is not None:
         report = {
@@ -58,6 +61,8 @@ def main(
             "new_tokens": new_tokens,
             "dtype": dtype,
             "n": engine.n,
+            "output": str(model.multi_token.output),
+            "coverage": coverage,
             **acceptance_json(overall),
             "by_category": {name: acceptance_json(row) for name, row in figures.items()},
             "machine": machine(),
