@@ -359,14 +359,17 @@ def table(rows: Sequence[Measured]) -> Table:
     """Before and after, and what was tried: sizes, coverage, acceptance."""
     shown = Table(title="what outputs cost, and what acceptance", title_justify="left", box=SIMPLE_HEAD)
     categories = list(rows[0].by_category)
-    for column in ("output", "n", "stored", "draft", "coverage", *categories, "τ", "kept"):
-        shown.add_column(column, justify="left" if column == "output" else "right", no_wrap=column != "output")
+    for column in ("output", "n", "MB", "draft", "coverage", *categories, "τ", "kept"):
+        first = column == "output"
+        shown.add_column(
+            column, justify="left" if first else "right", no_wrap=not first, min_width=17 if first else None
+        )
     for place, row in enumerate(rows):
         figures = row.figures()
         shown.add_row(
             row.name if place else f"{row.name} (before)",
             str(figures["n"]),
-            f"{figures['bytes'] / 1e6:.1f} MB",
+            f"{figures['bytes'] / 1e6:.1f}",
             f"{row.operations / 1e6:.2f}M",
             f"{row.coverage:.1%}",
             *(f"{row.by_category[name].tau:.2f}" for name in categories),
