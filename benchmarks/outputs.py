@@ -229,7 +229,8 @@ def _plot(found: dict[str, Any], path: Path) -> None:
         points.sort()
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", label=kind)
         for x, y, size in points:
-            axes.annotate(size, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
+            above = (-4, 7) if kind == "clustered" else (3, -12)  # two lines run close to each other
+            axes.annotate(size, (x, y), textcoords="offset points", xytext=above, fontsize=8)
     ships = found["outputs"][SHIPPED]
     axes.plot([ships["draft_ms"]], [ships["tau"]], "k*", markersize=13, label=f"{ships['output']}, as shipped")
     axes.set_xlabel("time of the drafts of a step, ms")
