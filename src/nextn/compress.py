@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -37,7 +36,7 @@ from nextn.evaluation.costs import (
     usual_outputs,
 )
 from nextn.evaluation.demo import PROMPTS
-from nextn.evaluation.report import acceptance_json, machine
+from nextn.evaluation.report import acceptance_json, machine, narrow_table
 from nextn.evaluation.roofline import measure_machine
 from nextn.formats import FormatError, native
 from nextn.formats.bundled import best_dtype, sha256
@@ -357,13 +356,9 @@ def _beside(before: Measured, after: Measured) -> Measured:
 
 def table(rows: Sequence[Measured]) -> Table:
     """Before and after, and what was tried: sizes, coverage, acceptance."""
-    shown = Table(title="what outputs cost, and what acceptance", title_justify="left", box=SIMPLE_HEAD)
     categories = list(rows[0].by_category)
-    for column in ("output", "n", "MB", "draft", "coverage", *categories, "τ", "kept"):
-        first = column == "output"
-        shown.add_column(
-            column, justify="left" if first else "right", no_wrap=not first, min_width=17 if first else None
-        )
+    columns = ("output", "n", "MB", "draft", "coverage", "τ", "kept", *categories)
+    shown = narrow_table("what outputs cost, and what acceptance", columns)
     for place, row in enumerate(rows):
         figures = row.figures()
         shown.add_row(
@@ -372,9 +367,9 @@ def table(rows: Sequence[Measured]) -> Table:
             f"{figures['bytes'] / 1e6:.1f}",
             f"{row.operations / 1e6:.2f}M",
             f"{row.coverage:.1%}",
-            *(f"{row.by_category[name].tau:.2f}" for name in categories),
             f"{row.overall.tau:.2f}",
             f"{row.notes['kept']:.0%}" if place else "",
+            *(f"{row.by_category[name].tau:.2f}" for name in categories),
         )
     return shown
 

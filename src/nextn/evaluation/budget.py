@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -31,6 +30,7 @@ from nextn.evaluation.costs import (
     tau_of,
     usual_outputs,
 )
+from nextn.evaluation.report import narrow_table
 from nextn.formats import FormatError, native
 from nextn.formats.bundled import find
 from nextn.model import MultiTokenModel
@@ -337,9 +337,7 @@ def weights_table(entries: Sequence[Entry], ns: Sequence[int]) -> Table:
     """What heads weigh without their output, by kind and n."""
     trunk = entries[0].costs.trunk
     title = f"heads, without their output; a token meets {short(trunk.met())} weights of the trunk"
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for column in ("heads", *(f"n = {n}" for n in ns)):
-        shown.add_column(column, justify="left" if column == "heads" else "right")
+    shown = narrow_table(title, ("heads", *(f"n = {n}" for n in ns)))
     for kind in dict.fromkeys(entry.heads for entry in entries):
         by_n = {entry.n: entry.parameters for entry in entries if entry.heads == kind}
         shown.add_row(kind, *(short(by_n[n]) if n in by_n else "–" for n in ns))
@@ -349,9 +347,8 @@ def weights_table(entries: Sequence[Entry], ns: Sequence[int]) -> Table:
 def outputs_table(entries: Sequence[Entry]) -> Table:
     """What one output stores and multiplies, by the width of the states that it reads."""
     met = entries[0].costs.trunk.met()
-    shown = Table(title="outputs", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("output", "width", "stored", "bytes", "multiplications a draft", "of the trunk's"):
-        shown.add_column(column, justify="left" if column == "output" else "right", no_wrap=True)
+    columns = ("output", "width", "stored", "bytes", "multiplications a draft", "of trunk")
+    shown = narrow_table("outputs", columns)
     rows = dict.fromkeys((entry.output, *entry.output_part, entry.operations) for entry in entries)
     for output, stored, width, operations in rows:
         cells = short(stored), f"{short(2 * stored)}B", short(operations), f"{operations / met:.1%}"
@@ -379,9 +376,8 @@ def separate_sentence(outputs: Sequence[OutputConfig], trunk: Trunk, n: int) -> 
 
 def steps_table(entries: Sequence[Entry], asked: Budget) -> Table:
     """What a step costs and brings."""
-    shown = Table(title=f"a step, batch {asked.batch}", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("heads", "output", "n", "draft", "verify", "τ", "speed-up", "pays below"):
-        shown.add_column(column, justify="left" if column in ("heads", "output") else "right", no_wrap=True)
+    columns = ("heads", "output", "n", "draft", "verify", "τ", "speed-up", "pays below")
+    shown = narrow_table(f"a step, batch {asked.batch}", columns, left=2)
     for entry in entries:
         shown.add_row(
             entry.heads,

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import transformers
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from nextn.evaluation.acceptance import Acceptance
 from nextn.formats.bundled import best_dtype
@@ -43,6 +45,16 @@ def acceptance_cells(row: dict[str, Any]) -> tuple[str, str, str]:
     """τ, conditional and cumulative acceptance of what `acceptance_json` gave, as a table shows them."""
     tau = "–" if row["tau"] is None else f"{row['tau']:.2f}"
     return tau, percent(row["acceptance"]["conditional"]), percent(row["acceptance"]["cumulative"])
+
+
+def narrow_table(title: str, columns: Sequence[str], left: int = 1) -> Table:
+    """A table that fits 80 columns: no borders, a space between columns, the first `left` ones set to the left."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    for place, column in enumerate(columns):
+        wraps = place == len(columns) - 1  # where there is not room enough for all
+        table.add_column(column, justify="left" if place < left else "right", no_wrap=not wraps)
+    table.min_width = min(80, len(title))
+    return table
 
 
 def percent(shares: Sequence[float | None]) -> str:
