@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ from nextn.config import Tap
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 VisibleFn = Callable[[int | None], Tensor]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch found no memory; its allocator for CPUs raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 class HostError(ValueError):
@@ -419,6 +425,45 @@ def causal(
 # --- caches -----------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Branches:
+    """Tokens behind a row's text that do not all follow each other: the nodes of a tree of drafts, R in all.
+
+    first: the slot of the first of them [B]; the others follow it. Slots before it hold the text.
+    positions: where each stands in the text [B, R].
+    sees: which of them each query sees, itself included, bool [B, T, R].
+    newest: how many of them are queries, the last ones; None: all. They are written.
+    """
+
+    first: Tensor
+    positions: Tensor
+    sees: Tensor
+    newest: int | None = None
+
+    def slots(self) -> Tensor:
+        """Where the queries are written [B, T]."""
+        count = self.positions.shape[1]
+        start = 0 if self.newest is None else count - self.newest
+        return self.first[:, None] + torch.arange(start, count, device=self.first.device)
+
+    def visible(self, queries: Tensor, stored: Tensor) -> VisibleFn:
+        """Who sees whom: query positions [B, T], slots [S]. A place not in use sees slot 0, see `causal`."""
+        node = stored - self.first[:, None]  # [B, S]
+        inside = (node >= 0) & (node < self.positions.shape[1])
+        node = node.clamp(0, self.positions.shape[1] - 1)
+        at = torch.where(inside, self.positions.gather(1, node), stored)[:, None]  # [B, 1, S]
+        followed = self.sees.gather(2, node[:, None].expand(-1, queries.shape[1], -1))  # [B, T, S]
+        seen = torch.where(inside[:, None], followed, (stored < self.first[:, None])[:, None])
+        unused = (queries < 0)[:, :, None] & (stored == 0)
+
+        def visible(window: int | None) -> Tensor:
+            near = seen if window is None else seen & (at > queries[:, :, None] - window)
+            return (near | unused)[:, None]
+
+        return visible
+
+
+
 class _Buffer(CacheLayerMixin):
     """Keys [B, H, S, Dk] and values [B, H, S, Dv] of one layer in buffers of fixed size."""
 
@@ -498,16 +543,44 @@ class RaggedCache(Cache):
             layer.hold(*pair)
         return cache
 
-    def place(self, positions: Tensor, rows: Tensor | None = None) -> VisibleFn:
-        """Say where the next forward writes: positions [B, T], rows [B] (None: all). Returns who sees what."""
+    def place(
+        self, positions: Tensor, rows: Tensor | None = None, branches: Branches | None = None
+    ) -> VisibleFn:
+        """Say where the next forward writes: positions [B, T], rows [B] (None: all). Returns who sees what.
+
+        Args:
+            branches: where it writes to other slots than its positions.
+        """
         self._rows = rows
         self._at = (torch.arange(self.rows, device=positions.device) if rows is None else rows)[:, None]
-        self._slots = torch.where(positions < 0, self.capacity, positions)
-        seen = (
-            torch.arange(self.reach(int(positions.max())), device=positions.device) if self.seen is None else self.seen
-        )
+        slots = positions if branches is None else branches.slots()
+        self._slots = torch.where(positions < 0, self.capacity, slots)
+        seen = torch.arange(self.reach(int(slots.max())), device=slots.device) if self.seen is None else self.seen
         self._width = seen.shape[0]
-        return causal(positions, seen[None])
+        return causal(positions, seen[None]) if branches is None else branches.visible(positions, seen)
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy what lies in some slots of each row to others [B, m]."""
+        rows = torch.arange(self.rows, device=sources.device)[:, None]
+        for pair in self.buffers:
+            for buffer in pair:
+                buffer[rows, :, targets] = buffer[rows, :, sources]
+
+    def clear(self, row: int) -> None:
+        """Zero a row: what is not a number would spoil even what does not see it."""
+        for pair in self.buffers if self.is_filled else []:
+            for buffer in pair:
+                buffer[row].zero_()
+
+    def grow(self, capacity: int) -> None:
+        """Make room for more positions a row; what it holds stays."""
+        layers: list[Any] = self.layers
+        for layer in layers:
+            if layer.is_initialized:
+                keys, values = layer.keys, layer.values
+                layer.hold(*(F.pad(part, (0, 0, 0, capacity - self.capacity)) for part in (keys, values)))
+            layer.slots = capacity + 1
+        self.capacity = capacity
 
     def read(self) -> tuple[Tensor, Tensor]:
         """The keys and values that attention sees where `place` was said, of its rows and of one layer."""

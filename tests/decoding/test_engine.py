@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import VOCAB, greedy_reference
-from nextn.decoding.drafting import HeadDrafter
+from nextn.decoding.drafting import BEST, Drafts, HeadDrafter
 from nextn.decoding.engine import Engine, PromptError
 from nextn.decoding.verify import accept_greedy
 from nextn.heads.base import Window
@@ -24,10 +24,13 @@ class ScriptedDrafter:
         self.texts, self.drafts, self.wrong_from = texts, drafts, wrong_from
         self.calls = 0
 
-    def begin(self, cache) -> None:
+    def begin(self, cache, keep=False) -> None:
         self.text_of: dict[int, list[int]] = {}
 
-    def propose(self, hidden, positions, following, last, rows):
+    def forget(self, row, all_of_it=True) -> None:
+        pass
+
+    def propose(self, hidden, positions, following, last, rows, asked=None):
         proposals = torch.zeros(len(rows), self.drafts, dtype=torch.long)
         for place, (row, newest) in enumerate(zip(rows.tolist(), last.tolist(), strict=True)):
             pending_at = int(positions[place, newest]) + 1
@@ -43,7 +46,7 @@ class ScriptedDrafter:
             draft[wrong:] = (draft[wrong:] + 1) % VOCAB
             proposals[place, : len(draft)] = draft
         self.calls += 1
-        return proposals
+        return Drafts(proposals)
 
 
 def texts_of(results) -> list[list[int]]:
@@ -104,13 +107,13 @@ def drafts_from_scratch(model, prefix: list[int]) -> list[int]:
 class Watcher(HeadDrafter):
     """Drafts as heads do and notes, for every row, the text so far (pending token included) and its drafts."""
 
-    def begin(self, cache) -> None:
-        super().begin(cache)
+    def begin(self, cache, keep=False) -> None:
+        super().begin(cache, keep)
         self.texts: list[list[int]] = [[] for _ in range(cache.rows)]
         self.seen: list[tuple[list[int], list[int]]] = []
 
-    def propose(self, hidden, positions, following, last, rows):
-        drafts = super().propose(hidden, positions, following, last, rows)
+    def propose(self, hidden, positions, following, last, rows, asked=BEST):
+        drafts = super().propose(hidden, positions, following, last, rows, asked)
         for place, row in enumerate(rows.tolist()):
             newest, first = int(last[place]), int(positions[place, 0])
             if int(positions[place, newest]) < 0:
@@ -118,7 +121,7 @@ class Watcher(HeadDrafter):
             if first == 0:
                 self.texts[row] = [-1]  # the first token is in no `following`
             self.texts[row] = self.texts[row][: first + 1] + following[place, : newest + 1].tolist()
-            self.seen.append((list(self.texts[row]), drafts[place].tolist()))
+            self.seen.append((list(self.texts[row]), drafts.tokens[place].tolist()))
         return drafts
 
 
@@ -129,15 +132,15 @@ class Recorder(HeadDrafter):
         super().__init__(trunk, heads)
         self.text, self.spoil, self.seen = text, spoil, []
 
-    def propose(self, hidden, positions, following, last, rows):
-        drafts = super().propose(hidden, positions, following, last, rows)
+    def propose(self, hidden, positions, following, last, rows, asked=BEST):
+        drafts = super().propose(hidden, positions, following, last, rows, asked).tokens
         pending_at = int(positions[0, last[0]]) + 1
         self.seen.append((pending_at, drafts[0].tolist()))
         continuation = (self.text + [3] * 8)[pending_at + 1 : pending_at + 4]
         keep = next(self.spoil)
         handed = torch.tensor([continuation])
         handed[0, keep:] = (handed[0, keep:] + 1) % VOCAB
-        return handed
+        return Drafts(handed)
 
 
 @settings(max_examples=15)

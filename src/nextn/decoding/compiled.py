@@ -128,7 +128,7 @@ def key(module: nn.Module, inputs: tuple[Any, ...]) -> str:
         for path in sorted(house.glob(part)):
             digest.update(path.read_bytes())
     trunk: Any = module.trunk
-    digest.update(f"{torch.__version__} {transformers.__version__} {_machine(inputs[0].device)}".encode())
+    digest.update(f"{torch.__version__} {transformers.__version__} {machine_name(inputs[0].device)}".encode())
     digest.update(trunk.settings().encode())
     for name, part in module.named_modules():
         digest.update(f"{name} {type(part).__name__} {_plain_attributes(part)}".encode())
@@ -156,7 +156,8 @@ def _plain_attributes(module: nn.Module) -> str:
     return str(sorted(plain.items()))
 
 
-def _machine(device: torch.device) -> str:
+def machine_name(device: torch.device) -> str:
+    """The processor, or the accelerator, and how many threads work on it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:  # compiled for this very processor: another one may not know its instructions

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nextn.config import Tap
-from nextn.heads.base import Heads, Window
+from nextn.decoding.tree import Chances, Tree, TreeGrowth
+from nextn.heads.base import BestTokens, Chain, Growth, Heads, Window
+from nextn.output import Output, best
 from nextn.trunk import RaggedCache, Trunk
+
+
+@dataclass
+class Drafts:
+    """What is proposed to the trunk.
+
+    tokens: [B, n-1], or all nodes of a tree but the pending token [B, T-1]; -1 for no draft.
+    drawn_from: the probabilities [B, n-1, V] that a chain was drawn from; None where its tokens were not drawn.
+    shape: of a tree, see `TreeGrowth.shape`; None for a chain.
+    """
+
+    tokens: Tensor
+    drawn_from: Tensor | None = None
+    shape: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 class Drafter(Protocol):
@@ -19,11 +37,20 @@ class Drafter(Protocol):
     drafts: int  # n - 1
     tap: Tap  # the trunk state that it reads
 
-    def begin(self, cache: RaggedCache) -> None:
-        """Make room for as many sequences and positions as the trunk's cache has, which may be read."""
+    def begin(self, cache: RaggedCache, keep: bool = False) -> None:
+        """Make room for as many sequences and positions as the trunk's cache has, which may be read.
 
-    def propose(self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, rows: Tensor) -> Tensor:
-        """Drafts [B, n-1] after what one trunk forward brought.
+        Args:
+            keep: whether what it holds of the rows stays.
+        """
+
+    def forget(self, row: int, all_of_it: bool = True) -> None:
+        """Another text begins in a row; or one that is like it up to a point goes on from there."""
+
+    def propose(
+        self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, rows: Tensor, asked: Asked
+    ) -> Drafts:
+        """Drafts after what trunk forwards brought.
 
         Args:
             hidden: tapped trunk states [B, T, D].
@@ -32,6 +59,44 @@ class Drafter(Protocol):
             last: index [B] into T of the newest valid state; its following token is the pending one.
             rows: which of the sequences these are [B].
         """
+
+
+@dataclass
+class Asked:
+    """What kind of drafts are wanted.
+
+    chances: the noise; None for the best tokens.
+    drawn: whether the probabilities are wanted from which the noise drew.
+    tree: None for a chain.
+    """
+
+    chances: Chances | None = None
+    drawn: bool = False
+    tree: Tree | None = None
+
+
+BEST = Asked()
+
+
+class NoisyTokens(Chain):
+    """At each depth the best token after the noise of its position: a draw from what the head says."""
+
+    def __init__(self, chances: Chances, drawn: bool) -> None:
+        super().__init__()
+        self.chances = chances
+        self.drawn_from: list[Tensor] | None = [] if drawn else None  # [B, V] by draft
+
+    def choose(self, trunk: Trunk, output: Output, state: Tensor, depth: int) -> Tensor:
+        scores, ids = self.chances.scores(trunk, output, state[:, None], depth)
+        token = ids.gather(2, best(scores)[..., None])[:, 0, 0]
+        if self.drawn_from is not None:
+            logits, ids = output.scores(trunk, state)
+            spread = self.chances.temperatures.clamp(min=1e-3)[:, None]  # a row without noise is not asked for q
+            q = (logits.float() / spread).softmax(dim=-1)
+            if ids is not None:
+                q = q.new_zeros(len(q), trunk.vocab_size).scatter(1, ids.expand_as(q), q)
+            self.drawn_from.append(q)
+        return token
 
 
 class HeadDrafter:
@@ -45,39 +110,89 @@ class HeadDrafter:
         self.trunk, self.heads = trunk, heads
         self.drafts, self.tap = heads.n - 1, heads.tap
         self.dtype = next(heads.parameters()).dtype  # while training: float32 heads on a bfloat16 trunk
-        self.compiled: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = (
-            None  # what `Draft` computes, for one step of all rows
-        )
+        # What `Draft` and `NoisyDraft` compute for one step of all rows, as machine code.
+        self.compiled: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+        self.compiled_noisy: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
 
-    def begin(self, cache: RaggedCache) -> None:
-        # Entries of drafts stand up to n - 2 positions past the text.
+    def begin(self, cache: RaggedCache, keep: bool = False) -> None:
+        # Entries of drafts stand past the text, those of a tree one behind the other.
         rows, room = cache.rows, cache.capacity + self.heads.n
         self.trunk_cache = cache
+        if keep:
+            for own in self.caches:
+                own.grow(max(room, own.capacity))
+            return
         self.caches = [RaggedCache(1, rows, room) for _ in range(self.heads.cache_count)]
         back, width = self.heads.lookback, self.heads.hidden_width
         self.past_hidden = torch.zeros(rows, back, width, dtype=self.dtype, device=self.trunk.device)
         self.past_following = torch.zeros(rows, back, dtype=torch.long, device=self.trunk.device)
+        self.has_past = torch.zeros(rows, dtype=torch.bool, device=self.trunk.device)
 
-    def propose(self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, rows: Tensor) -> Tensor:
-        is_step = hidden.shape[:2] == (len(self.past_hidden), self.heads.n)
-        if self.compiled and is_step and all(cache.is_filled for cache in self.caches):
-            drafts, self.past_hidden, self.past_following = self.compiled(
-                *self.step_inputs(hidden, positions, following, last)
-            )
-            return drafts
+    def forget(self, row: int, all_of_it: bool = True) -> None:
+        self.has_past[row] = False
+        for cache in self.caches if all_of_it else []:
+            cache.clear(row)
+
+    def propose(
+        self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, rows: Tensor, asked: Asked = BEST
+    ) -> Drafts:
+        if (tokens := self._by_machine_code(hidden, positions, following, last, asked)) is not None:
+            return Drafts(tokens)
         some = rows if len(rows) < len(self.past_hidden) else None
         past = self.past_hidden[rows], self.past_following[rows]
-        window = with_past(*past, hidden.to(self.dtype), positions, following, last)
+        window = with_past(*past, hidden.to(self.dtype), positions, following, last, self.has_past[rows])
         read = [RaggedCache.over([pair], self._seen(positions)) for pair in self._read()]
-        drafts = self.heads.draft(self.trunk, window, self.caches + read, some)
+        growth = self._growth(asked, len(rows))
+        tokens = self.heads.draft(self.trunk, window, self.caches + read, some, growth)
         self.past_hidden[rows], self.past_following[rows] = newest_past(window, self.heads.lookback)
-        return drafts
+        self.has_past[rows] = True
+        if isinstance(growth, TreeGrowth):
+            return Drafts(tokens, shape=growth.shape())
+        drawn = growth.drawn_from if isinstance(growth, NoisyTokens) else None
+        return Drafts(tokens, drawn_from=None if drawn is None else torch.stack(drawn, dim=1))
 
-    def step_inputs(self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor) -> tuple:
-        """What `Draft` takes for a step of all rows."""
+    def _growth(self, asked: Asked, rows: int) -> Growth:
+        if asked.tree is not None:
+            none = Chances(
+                torch.zeros(rows, device=self.trunk.device),
+                torch.zeros(rows, self.drafts, dtype=torch.long, device=self.trunk.device),
+            )
+            return TreeGrowth(asked.tree, self.drafts, asked.chances or none)
+        return BestTokens() if asked.chances is None else NoisyTokens(asked.chances, asked.drawn)
+
+    def _by_machine_code(
+        self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, asked: Asked
+    ) -> Tensor | None:
+        """Drafts of one step of all rows; None where that is not what is asked, or not compiled."""
+        code = self.compiled if asked.chances is None else self.compiled_noisy
+        missing = self.heads.n - hidden.shape[1]
+        is_step = len(hidden) == len(self.past_hidden) and missing >= 0
+        if code is None or not is_step or asked.tree or asked.drawn or not self._is_warm(positions):
+            return None
+        tokens, self.past_hidden, self.past_following = code(
+            *self.step_inputs(hidden, positions, following, last, asked.chances)
+        )
+        return tokens
+
+    def _is_warm(self, positions: Tensor) -> bool:
+        """Whether there are caches, and a past for every row in use."""
+        warm = bool((self.has_past | (positions[:, 0] < 0)).all()) or not self.heads.lookback
+        return warm and all(cache.is_filled for cache in self.caches)
+
+    def step_inputs(
+        self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, chances: Chances | None = None
+    ) -> tuple:
+        """What `Draft`, or with noise `NoisyDraft`, takes for a step of all rows [B, W], W at most n.
+
+        A step with fewer drafts is one whose last drafts were rejected.
+        """
+        missing = self.heads.n - hidden.shape[1]
+        hidden, following = F.pad(hidden, (0, 0, 0, missing)), F.pad(following, (0, missing))
+        positions = F.pad(positions, (0, missing), value=-1)
         buffers = [pair for cache in self.caches for pair in cache.buffers] + self._read()
-        seen = self._seen(positions)
-        return hidden, positions, following, last, self.past_hidden, self.past_following, seen, buffers
+        noise = () if chances is None else (chances.temperatures, chances.keys)
+        past = self.past_hidden, self.past_following
+        return hidden, positions, following, last, *past, *noise, self._seen(positions), buffers
 
     def _seen(self, positions: Tensor) -> Tensor:
         """The positions that attention reads in this round [S]."""
@@ -125,19 +240,58 @@ class Draft(nn.Module):
         Returns:
             drafts [B, n-1], the new past_hidden and the new past_following.
         """
-        window = with_past(past_hidden, past_following, hidden.to(self.dtype), positions, following, last)
+        past = past_hidden, past_following
+        return self._drafts((*past, hidden.to(self.dtype), positions, following, last), seen, buffers, BestTokens())
+
+    def _drafts(
+        self, states: tuple[Tensor, ...], seen: Tensor, buffers: list[tuple[Tensor, Tensor]], growth: Growth
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        window = with_past(*states)
         caches = [RaggedCache.over([pair], seen) for pair in buffers]
-        return self.heads.draft(self.trunk, window, caches, None), *newest_past(window, self.heads.lookback)
+        drafts = self.heads.draft(self.trunk, window, caches, None, growth)
+        return drafts, *newest_past(window, self.heads.lookback)
+
+
+class NoisyDraft(Draft):
+    """`Draft` with noise: temperatures [B], keys [B, n-1] come before `seen`."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        following: Tensor,
+        last: Tensor,
+        past_hidden: Tensor,
+        past_following: Tensor,
+        temperatures: Tensor,
+        keys: Tensor,
+        seen: Tensor,
+        buffers: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        growth = NoisyTokens(Chances(temperatures, keys), drawn=False)
+        past = past_hidden, past_following
+        return self._drafts((*past, hidden.to(self.dtype), positions, following, last), seen, buffers, growth)
 
 
 def with_past(
-    past_hidden: Tensor, past_following: Tensor, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor
+    past_hidden: Tensor,
+    past_following: Tensor,
+    hidden: Tensor,
+    positions: Tensor,
+    following: Tensor,
+    last: Tensor,
+    has_past: Tensor | None = None,
 ) -> Window:
-    """The window of heads that look back: kept states before the new ones."""
+    """The window of heads that look back: kept states before the new ones.
+
+    Args:
+        has_past: rows [B] whose past means something; None: all.
+    """
     back = past_hidden.shape[1]
     steps_back = torch.arange(-back, 0, device=positions.device)
     # An idle row has no past either.
-    past_positions = torch.where(positions[:, :1] < 0, -1, (positions[:, :1] + steps_back).clamp(min=-1))
+    has_past = positions[:, 0] >= 0 if has_past is None else has_past & (positions[:, 0] >= 0)
+    past_positions = torch.where(has_past[:, None], (positions[:, :1] + steps_back).clamp(min=-1), -1)
     return Window(
         hidden=torch.cat([past_hidden, hidden], dim=1),
         positions=torch.cat([past_positions, positions], dim=1),

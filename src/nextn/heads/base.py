@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nextn.config import ConfigError, MultiTokenConfig, Tap
 from nextn.output import Output, build_output
-from nextn.trunk import RaggedCache, Trunk, causal
+from nextn.trunk import Branches, RaggedCache, Trunk, causal
 
 
 @dataclass
@@ -34,6 +34,77 @@ class Window:
     def newest(self, states: Tensor) -> Tensor:
         """The row's newest of states [B, W, ...] -> [B, ...]."""
         return states[torch.arange(len(states), device=states.device), self.last]
+
+
+@dataclass
+class Level:
+    """The tokens of one depth that heads go on from.
+
+    paths: what is drafted up to each of them, itself last [B, M, d] for drafts of number d.
+    parents: which of the states of the depth before each of them follows [B, M]; None where there is one of each.
+    branches: among all drafts so far, where they lie in a cache of the heads and what they see; None for a chain.
+    """
+
+    paths: Tensor
+    parents: Tensor | None = None
+    branches: Branches | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B, M]"""
+        return self.paths[..., -1]
+
+    def following(self, states: Tensor) -> Tensor:
+        """The states of the depth before [B, M', D], for each token the one that it follows [B, M, D]."""
+        if self.parents is None:
+            return states
+        return states.gather(1, self.parents[..., None].expand(-1, -1, states.shape[2]))
+
+
+class Growth(Protocol):
+    """Which tokens are drafted: a chain, or a tree. Heads that need not see every position end after `levels` depths."""
+
+    levels: int | None  # None: all that the heads have
+
+    def level(self, trunk: Trunk, output: Output, states: Tensor, depth: int, newest: Tensor) -> Level:
+        """Choose the tokens of one depth.
+
+        Args:
+            output: makes logits of this depth.
+            states: of the tokens before [B, M, D].
+            depth: k = 2 … n.
+            newest: the position of the newest state of the text [B].
+        """
+
+    def drafts(self) -> Tensor:
+        """What was drafted [B, n-1], or all nodes of a tree but the pending token [B, T-1]."""
+
+
+class Chain(ABC):
+    """One token a depth."""
+
+    levels = None
+
+    def __init__(self) -> None:
+        self.tokens: list[Tensor] = []
+
+    @abstractmethod
+    def choose(self, trunk: Trunk, output: Output, state: Tensor, depth: int) -> Tensor:
+        """A token [B] for states [B, D]."""
+
+    def level(self, trunk: Trunk, output: Output, states: Tensor, depth: int, newest: Tensor) -> Level:
+        self.tokens.append(self.choose(trunk, output, states[:, 0], depth))
+        return Level(self.drafts()[:, None])
+
+    def drafts(self) -> Tensor:
+        return torch.stack(self.tokens, dim=1)
+
+
+class BestTokens(Chain):
+    """At each depth the best token."""
+
+    def choose(self, trunk: Trunk, output: Output, state: Tensor, depth: int) -> Tensor:
+        return output.best_token(trunk, state)
 
 
 @dataclass
@@ -120,12 +191,34 @@ class Heads(nn.Module, ABC):
             hidden: the tapped trunk state [B, T, m·D].
         """
 
-    @abstractmethod
-    def draft(self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None) -> Tensor:
-        """Drafts 1 … n-1, greedy: token ids [B, n-1]. Writes its K/V into `caches` at `rows` (None: all rows).
+    def draft(
+        self,
+        trunk: Trunk,
+        window: Window,
+        caches: list[RaggedCache],
+        rows: Tensor | None,
+        growth: Growth | None = None,
+    ) -> Tensor:
+        """Drafts 1 … n-1: token ids [B, n-1], or as many [B, T-1] as a tree has. Writes its K/V into `caches`.
 
-        Heads that read the trunk's keys and values find them in `caches`, one for each of `reads`.
+        Args:
+            caches: the heads' own; or, for heads that read the trunk's keys and values, one for each of `reads`.
+            rows: which rows of the caches these are [B]; None: all.
+            growth: which tokens are drafted; default: at each depth the best one.
         """
+        growth = growth or BestTokens()
+        self._grow(trunk, window, caches, rows, growth)
+        return growth.drafts()
+
+    def _last(self, growth: Growth) -> int:
+        """The last depth k that is asked for."""
+        return self.n if growth.levels is None else growth.levels + 1
+
+    @abstractmethod
+    def _grow(
+        self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None, growth: Growth
+    ) -> None:
+        """Give `growth` the states of each depth, and go on from the tokens that it chose."""
 
     def calibrate(self, trunk: Trunk, text: Text) -> None:
         """Set the start of the weights from what the trunk does on a text, where a kind of heads can."""
@@ -160,6 +253,3 @@ class Heads(nn.Module, ABC):
             return self._gradient_checkpointing_func(function, *inputs)
         return function(*inputs)
 
-    def _pick(self, trunk: Trunk, state: Tensor, depth: int) -> Tensor:
-        """The best token [B] for states [B, D] of a depth."""
-        return self.output.at(depth).best_token(trunk, state)

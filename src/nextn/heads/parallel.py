@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nextn.config import MultiTokenConfig
-from nextn.heads.base import Heads, Text, Window
+from nextn.heads.base import Growth, Heads, Text, Window
 from nextn.trunk import RaggedCache, Trunk
 
 
@@ -44,7 +44,9 @@ class ParallelHeads(Heads):
 
         return [self._end(trunk, state) for state in self._chained(hidden, run)]
 
-    def draft(self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None) -> Tensor:
+    def _grow(
+        self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None, growth: Growth
+    ) -> None:
         visible = [cache.place(window.positions, rows) for cache in caches]
 
         def run(place: int, state: Tensor) -> Tensor:
@@ -56,8 +58,10 @@ class ParallelHeads(Heads):
         # Only a layer with keys and values has to see the whole window.
         start = self.read(window.hidden if self.layered else window.newest(window.hidden)[:, None])
         states = [window.newest(state) if self.layered else state[:, 0] for state in self._chained(start, run)]
-        drafts = [self._pick(trunk, self._end(trunk, state), depth) for depth, state in enumerate(states, start=2)]
-        return torch.stack(drafts, dim=1)
+        branches, newest = 1, window.newest(window.positions)
+        for k, state in enumerate(states, start=2):  # whatever was drafted before, the state is the same
+            alike = self._end(trunk, state)[:, None].expand(-1, branches, -1)
+            branches = growth.level(trunk, self.output.at(k), alike, k, newest).tokens.shape[1]
 
     def _chained(self, hidden: Tensor, run: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
         """run(place, what it reads) for every head, in order of depth."""

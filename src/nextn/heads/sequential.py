@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nextn.config import MultiTokenConfig
-from nextn.heads.base import Heads, Text, Window
+from nextn.heads.base import Growth, Heads, Level, Text, Window
 from nextn.trunk import ChainCache, RaggedCache, Trunk, VisibleFn, with_own_keys
 
 
@@ -103,18 +103,31 @@ class DistinctHeads(Heads):
             states.append(state)
         return states
 
-    def draft(self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None) -> Tensor:
-        batch = torch.arange(len(window.last), device=window.last.device)
-        width = window.positions.shape[1]
+    def _grow(
+        self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None, growth: Growth
+    ) -> None:
+        batch = torch.arange(len(window.last), device=window.last.device)[:, None]
+        width, newest = window.positions.shape[1], window.newest(window.positions)
         # ids[:, j] is the token after state j; drafts are put behind the pending token as they come.
         ids = torch.nn.functional.pad(window.following, (0, self.n - 1))
-        state = self.read(window.hidden)
+        before, level = [self.read(window.hidden)], None  # the states of each branch [B, W, D]
         for k, (module, cache) in enumerate(zip(self.steps, caches, strict=True), start=2):
-            visible = cache.place(window.positions, rows)
-            state = module(trunk, ids[:, k - 2 : k - 2 + width], state, window.positions, visible, cache)
-            ids[batch, window.last + k - 1] = self._pick(trunk, window.newest(state), k)
-        first = window.last[:, None] + 1
-        return ids[batch[:, None], first + torch.arange(self.n - 1, device=ids.device)]
+            visible, states = cache.place(window.positions, rows), []
+            for branch in range(1 if level is None else level.tokens.shape[1]):
+                state = before[0]
+                if level is not None:  # its entries in the cache make way for those of the next branch
+                    ids[batch, window.last[:, None] + torch.arange(1, k - 1, device=ids.device)] = level.paths[:, branch]
+                    state = _of_parent(before, level, branch)
+                states.append(module(trunk, ids[:, k - 2 : k - 2 + width], state, window.positions, visible, cache))
+            newest_states = torch.stack([window.newest(state) for state in states], dim=1)
+            level, before = growth.level(trunk, self.output.at(k), newest_states, k, newest), states
+
+
+def _of_parent(states: list[Tensor], level: Level, branch: int) -> Tensor:
+    """Of the states of all branches of a depth [B, W, D], those that one branch of the next depth follows."""
+    if level.parents is None:
+        return states[0]
+    return torch.stack(states)[level.parents[:, branch], torch.arange(len(level.parents), device=states[0].device)]
 
 
 class RecurrentHeads(Heads):
@@ -194,15 +207,16 @@ class RecurrentHeads(Heads):
 
         return visible
 
-    def draft(self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None) -> Tensor:
+    def _grow(
+        self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None, growth: Growth
+    ) -> None:
         (cache,) = caches
         visible = cache.place(window.positions, rows)
         states = self.step(trunk, window.following, self.read(window.hidden), window.positions, visible, cache)
-        state, position = window.newest(states)[:, None], window.newest(window.positions)[:, None]
-        drafts = [self._pick(trunk, self._end(state[:, 0]), 2)]
-        for k in range(3, self.n + 1):
-            position = torch.where(position < 0, position, position + 1)
-            visible = cache.place(position, rows)
-            state = self.step(trunk, drafts[-1][:, None], state, position, visible, cache)
-            drafts.append(self._pick(trunk, self._end(state[:, 0]), k))
-        return torch.stack(drafts, dim=1)
+        states, newest = window.newest(states)[:, None], window.newest(window.positions)
+        level = growth.level(trunk, self.output.at(2), self._end(states), 2, newest)
+        for k in range(3, self._last(growth) + 1):
+            position = torch.where(newest < 0, newest, newest + k - 2)[:, None].expand(level.tokens.shape)
+            visible = cache.place(position, rows, level.branches)
+            states = self.step(trunk, level.tokens, level.following(states), position, visible, cache)
+            level = growth.level(trunk, self.output.at(k), self._end(states), k, newest)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nextn.config import ConfigError, MultiTokenConfig
-from nextn.heads.base import Heads, Text, Window
+from nextn.heads.base import Growth, Heads, Text, Window
 from nextn.heads.sequential import ahead
 from nextn.trunk import HostError, RaggedCache, Trunk, VisibleFn, attend
 
@@ -117,14 +117,14 @@ class SharedKVHeads(Heads):
         thin = self.norm(thin)
         return thin, self.post_projection(thin)
 
-    def draft(self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None) -> Tensor:
-        position = window.newest(window.positions)[:, None]
-        visible = [cache.place(position, rows) for cache in caches]
-        kv = [cache.read() for cache in caches]
-        state, token = self.read(window.newest(window.hidden)[:, None]), window.newest(window.following)[:, None]
-        drafts = []
-        for k in range(2, self.n + 1):
-            thin, state = self._step(trunk, token, state, position, visible, kv)
-            token = self._pick(trunk, (thin if self.own_table else state)[:, 0], k)[:, None]
-            drafts.append(token)
-        return torch.cat(drafts, dim=1)
+    def _grow(
+        self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None, growth: Growth
+    ) -> None:
+        newest = window.newest(window.positions)
+        state, tokens = self.read(window.newest(window.hidden)[:, None]), window.newest(window.following)[:, None]
+        for k in range(2, self._last(growth) + 1):
+            positions = newest[:, None].expand(tokens.shape)  # all drafts of a round stand at the newest state
+            visible = [cache.place(positions, rows) for cache in caches]
+            thin, state = self._step(trunk, tokens, state, positions, visible, [cache.read() for cache in caches])
+            level = growth.level(trunk, self.output.at(k), thin if self.own_table else state, k, newest)
+            tokens, state = level.tokens, level.following(state)

@@ -1,0 +1,171 @@
+"""One text in the making: what it is to become, what it gave so far, and what ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nextn.decoding.sampling import GREEDY, Sampling
+
+OnTokens = Callable[[int, list[int], list[int]], None]
+Stop = Callable[[int, list[int]], bool]
+
+
+class DecodingError(RuntimeError):
+    """A text that could not be continued; the message says why."""
+
+
+@dataclass
+class Generation:
+    """What one prompt gave.
+
+    tokens: the emitted token ids, a stop token included.
+    origins: for each of them, the number of the draft that proposed it (1 … n-1), or 0 for the trunk's own.
+    accepted: for each trunk forward after the prefill, how many drafts stood; a last step that was cut short by a
+        stop token or by the length is left out.
+    drafted: for each of those, how many drafts after one another there were; 0 is a plain step.
+    finish: `stop` (a stop token or a stopping criterion), `length`, `cancelled` or `error`.
+    error: what went wrong; the tokens before it are right.
+    scores, logits: for each token what it was chosen by [V], after the processors and before; where they were asked for.
+    """
+
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    origins: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    finish: str = ""
+    error: Exception | None = None
+    scores: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """What one step brings to a row.
+
+    tokens, origins: as in `Generation`; a token -1 stands for logits that are not numbers.
+    accepted, drafted: None for the token that follows a prefill.
+    scores, logits: of each token [V], where they are kept.
+    """
+
+    tokens: list[int]
+    origins: list[int]
+    accepted: int | None = None
+    drafted: int = 0
+    scores: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Row:
+    """One text in a slot.
+
+    limit: how many tokens it may emit.
+    unread: tapped trunk states [t, D] that the drafter has not seen yet, oldest first.
+    read: how many positions the drafter has seen.
+    """
+
+    index: int
+    result: Generation
+    limit: int
+    sampling: Sampling = GREEDY
+    seed: int = 0
+    stop_tokens: frozenset[int] = frozenset()
+    stop: Stop | None = None
+    on_tokens: OnTokens | None = None
+    unread: list[Tensor] = field(default_factory=list)
+    read: int = 0
+
+    @property
+    def text(self) -> list[int]:
+        return self.result.prompt + self.result.tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens of its text so far; the cache holds all but the newest."""
+        return len(self.result.prompt) + len(self.result.tokens)
+
+    def emit(self, run: Run) -> None:
+        """Append a run, cut exactly where the text ends. What a caller's function raises ends this text alone."""
+        result = self.result
+        end = self._end(run.tokens)
+        result.tokens += run.tokens[:end]
+        result.origins += run.origins[:end]
+        result.scores += run.scores[:end]
+        result.logits += run.logits[:end]
+        if run.accepted is not None and end == len(run.tokens):
+            result.accepted.append(run.accepted)
+            result.drafted.append(run.drafted)
+        if self.on_tokens and end:
+            try:
+                self.on_tokens(self.index, run.tokens[:end], run.origins[:end])
+            except Exception as error:  # a stranger's function may raise anything
+                self.fail(error)
+
+    def _end(self, tokens: list[int]) -> int:
+        """How many of some tokens belong to the text; says so in `finish` where it ends with them."""
+        for place, token in enumerate(tokens, start=1):
+            if token < 0:
+                self.fail(DecodingError("The model's logits are not numbers, or no token is allowed: the text ends."))
+                return place - 1
+            if token in self.stop_tokens or self._stops(tokens[:place]):
+                self.result.finish = self.result.finish or "stop"
+                return place
+            if len(self.result.tokens) + place == self.limit:
+                self.result.finish = "length"
+                return place
+        return len(tokens)
+
+    def _stops(self, more: list[int]) -> bool:
+        if self.stop is None:
+            return False
+        try:
+            return self.stop(self.index, self.text + more)
+        except Exception as error:
+            self.fail(error)
+            return True
+
+    def fail(self, error: Exception) -> None:
+        self.result.finish, self.result.error = "error", error
+
+
+def scores_of(rows: Sequence[Row | None], logits: Tensor, branches: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """Logits of all rows [B, W, V] -> scores after each row's processors, float32.
+
+    A row whose processors raise ends with that error; its scores mean nothing.
+
+    Args:
+        branches: for each row and place, the tokens between the row's text and the token that is chosen there.
+    """
+    groups: dict[int, list[int]] = {}
+    for slot, row in enumerate(rows):
+        if row is not None and row.sampling.all_processors:
+            groups.setdefault(id(row.sampling), []).append(slot)
+    scores = logits.to(torch.float32, copy=bool(groups))
+    for slots in groups.values():
+        try:
+            scores[slots] = _processed(rows, logits, branches, slots)
+        except Exception:  # one of them: find out whose
+            for slot in slots:
+                try:
+                    scores[slot] = _processed(rows, logits, branches, [slot])[0]
+                except Exception as error:
+                    rows[slot].fail(error)  # type: ignore[union-attr]
+    return scores
+
+
+def _processed(
+    rows: Sequence[Row | None], logits: Tensor, branches: Sequence[Sequence[Sequence[int]]], slots: list[int]
+) -> Tensor:
+    members = [row for slot in slots if (row := rows[slot]) is not None]
+    sampling = members[0].sampling
+    texts: list[list[Tensor]] = []
+    if sampling.reads_text:
+        for slot, row in zip(slots, members, strict=True):
+            text = row.text
+            texts.append([torch.tensor(text + list(branch), device=logits.device) for branch in branches[slot]])
+    return sampling.scores(logits[slots], texts)
