@@ -275,13 +275,16 @@ class MultiTokenModel(PreTrainedModel):
 
     # --- decoding ---------------------------------------------------------------------------------------------
 
-    def engine(self, rows: int = 1, heads: int | None = None, stop_tokens: Iterable[int] | None = None) -> Engine:
+    def engine(
+        self, rows: int = 1, heads: int | None = None, stop_tokens: Iterable[int] | None = None, **settings: Any
+    ) -> Engine:
         """A decoding engine of this model.
 
         Args:
             rows: how many prompts are decoded side by side.
             heads: None for all heads, 1 for the plain model.
             stop_tokens: ids that end a text; default: the model's own end tokens.
+            settings: `depth`, `tree`, `keep` and `chunk` of `Engine`.
 
         Raises:
             ValueError: for another number of heads.
@@ -289,7 +292,8 @@ class MultiTokenModel(PreTrainedModel):
         if heads not in (None, 1):
             raise ValueError(f"heads is {heads}; give 1 for the plain model, or None for all heads.")
         drafter = None if heads == 1 else HeadDrafter(self.trunk, self.heads)
-        return Engine(self.trunk, drafter, rows, end_tokens(self.base) if stop_tokens is None else stop_tokens)
+        stops = end_tokens(self.base) if stop_tokens is None else stop_tokens
+        return Engine(self.trunk, drafter, rows, stops, **settings)
 
     @torch.inference_mode()
     def generate(  # type: ignore[override]

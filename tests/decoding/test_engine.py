@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from conftest import VOCAB, greedy_reference
 from nextn.decoding.drafting import BEST, Drafts, HeadDrafter
 from nextn.decoding.engine import Engine, PromptError
-from nextn.decoding.verify import accept_greedy
 from nextn.heads.base import Window
 from nextn.trunk import RaggedCache, Trunk
 
@@ -192,9 +191,3 @@ def test_the_context_ends_a_text(trained_model):
         list(trained_model.engine().generate([[3] * context], 5))
     with pytest.raises(PromptError, match="empty"):
         list(trained_model.engine().generate([[]], 5))
-
-
-@given(st.lists(st.integers(0, 2), min_size=3, max_size=3), st.lists(st.integers(0, 2), min_size=4, max_size=4))
-def test_accepted_is_the_longest_agreeing_prefix(drafts, targets):
-    expected = next((i for i in range(3) if drafts[i] != targets[i]), 3)
-    assert accept_greedy(torch.tensor([drafts]), torch.tensor([targets])).tolist() == [expected]

@@ -358,7 +358,7 @@ class Engine:
                 result=Generation(list(prompt)),
                 limit=min(limit, self.trunk.max_length - len(prompt)),
                 sampling=each.for_one_text() if count > 1 else each,
-                seed=seed,
+                seed=seed % 2**62,
                 stop_tokens=self.stop_tokens,
             )
             for index, (prompt, limit, each, seed) in enumerate(zip(prompts, limits, several, seeds, strict=True))
@@ -605,8 +605,12 @@ class Engine:
         accepted, path = follow(tokens, parents, depths, targets, self.n - 1)
         steps = torch.arange(self.n, device=path.device)
         path = torch.where(steps <= accepted[:, None], path, 0)
-        if bool(((path != steps) & (steps <= accepted[:, None])).any()):
-            self.cache.move(self._lengths[:, None] + path[:, 1:], self._lengths[:, None] + steps[1:])
+        strays = ((path != steps) & (steps <= accepted[:, None]) & (inputs[3] > 0)[:, None])[:, 1:]
+        if bool(strays.any()):
+            aside, slots = self.cache.capacity, self._lengths[:, None]  # where nothing is moved: the spare slot
+            self.cache.move(
+                torch.where(strays, slots + path[:, 1:], aside), torch.where(strays, slots + steps[1:], aside)
+            )
         run = targets.gather(1, path)
         rows = torch.arange(len(path), device=path.device)[:, None]
         positions = only_standing(positions[rows, path], accepted)

@@ -190,7 +190,7 @@ def _own_copy(processor: Any) -> Any:
 
 def keys(seeds: Tensor, positions: Tensor, purpose: int = TOKEN) -> Tensor:
     """A 64-bit key for each seed [B] and position [B, W] -> [B, W], int64; another one for each purpose."""
-    return _mix64(_mix64(seeds[:, None] + _GOLDEN * (purpose + 1)) + _GOLDEN * (positions + 1))
+    return _mix64(_mix64(seeds[:, None]) + _GOLDEN * (4 * positions + purpose + 1))
 
 
 def uniform(key: Tensor) -> Tensor:
