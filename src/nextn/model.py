@@ -9,12 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
 from nextn.config import MultiTokenConfig, ObjectiveConfig, ScheduleConfig
 from nextn.decoding.drafting import HeadDrafter
 from nextn.decoding.engine import Code, Engine
+from nextn.decoding.generate import custom_generate
+from nextn.decoding.pace import Pace
+from nextn.decoding.sampling import Method
+from nextn.decoding.tree import Tree
 from nextn.heads import build_heads
 from nextn.heads.base import Text
 from nextn.losses import IGNORE, Depth, depth_losses, targets_at
@@ -72,7 +77,8 @@ class MultiTokenModel(PreTrainedModel):
         self.generation_config = base.generation_config
         self.base.requires_grad_(not config.freeze_trunk)
         self.train(base.training)
-        self._code: dict[tuple[int, int | None], tuple[Any, Code | None]] = {}  # by rows and heads; see `generate`
+        self._code: dict[Any, tuple[Any, Code | None]] = {}  # by what was asked for, see `compiled`
+        self._paces: dict[Any, Pace] = {}  # what steps take and what drafts bring, see `engine`
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -293,76 +299,72 @@ class MultiTokenModel(PreTrainedModel):
             raise ValueError(f"heads is {heads}; give 1 for the plain model, or None for all heads.")
         drafter = None if heads == 1 else HeadDrafter(self.trunk, self.heads)
         stops = end_tokens(self.base) if stop_tokens is None else stop_tokens
-        return Engine(self.trunk, drafter, rows, stops, **settings)
+        engine = Engine(self.trunk, drafter, rows, stops, **settings)
+        if engine.depth == "auto":
+            engine.pace = self._paces.setdefault((rows, engine.tree), engine.pace)
+        return engine
 
-    @torch.inference_mode()
     def generate(  # type: ignore[override]
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        max_new_tokens: int = 128,
-        eos_token_id: int | list[int] | None = None,
-        pad_token_id: int | None = None,
+        input_ids: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         heads: int | None = None,
         streamer: Any = None,
-        do_sample: bool = False,
+        depth: int | str | None = "auto",
+        tree: Tree | None = None,
+        seed: int | None = None,
+        sampling_method: Method = "coupled",
         compile: bool = False,
-    ) -> Tensor:
-        """Greedy text of the base model, drafted by the heads.
+        **kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """The text of the base model, drafted by the heads: transformers' `generate`, only faster.
+
+        What is not named here goes to `generate` of the base and means what it means there: `attention_mask`,
+        `max_new_tokens`, `do_sample`, `temperature`, `logits_processor`, `stopping_criteria`, `return_dict_in_generate`, …
+        Rows may be padded on either side.
 
         Args:
-            input_ids: prompts [B, T], padded on either side where attention_mask [B, T] is 0.
-            eos_token_id: one or several stop tokens; default: those of the generation config.
+            input_ids: prompts [B, T].
             heads: None for all heads, 1 for the plain model alone.
             streamer: a transformers streamer (batch 1).
+            depth: how many drafts a step reads; `auto`: what is fastest, see `Engine`.
+            tree: read a tree of drafts, see `Engine`.
+            seed: for sampling; default: drawn from PyTorch's own generator. The same seed gives the same text with heads
+                and without, whatever the batch, up to near ties.
+            sampling_method: `coupled` or `rejection`, see `Sampling`.
             compile: run the step as machine code. It is compiled once a machine for each batch size, which takes
                 minutes, and loaded in seconds after that. When weights have changed it is compiled anew; a change
                 through `parameter.data`, or of anything but tensors (an adapter switched off), goes unnoticed.
 
         Returns:
-            input_ids and the new tokens [B, T + new], shorter rows filled with pad_token_id.
+            input_ids and the new tokens [B, T + new], shorter rows filled with the padding token; or what
+            `return_dict_in_generate` asks for. Its `past_key_values`, given to the next turn together with the whole text,
+            spare reading again what was read.
 
         Raises:
-            ValueError: for sampling, which is not there yet, or a streamer with several prompts.
+            GenerateError, PromptError, SamplingError: for what cannot be; the message says why.
         """
-        if do_sample:
-            raise ValueError("nextn decodes greedily so far; call generate with do_sample=False.")
-        if streamer is not None and len(input_ids) > 1:
-            raise ValueError("A streamer follows one prompt only; generate them one by one.")
-        stops = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
-        if streamer is not None:
+        if heads not in (None, 1):
+            raise ValueError(f"heads is {heads}; give 1 for the plain model, or None for all heads.")
+        if "inputs" in kwargs:
+            input_ids = kwargs.pop("inputs")
+        if streamer is not None and input_ids is not None and len(input_ids) == 1:
             streamer.put(input_ids.cpu())
+        ours = {
+            "heads": self, "plain": heads == 1, "seed": seed, "sampling_method": sampling_method, "depth": depth,
+            "tree": tree, "compile": compile, "token_streamer": streamer,
+        }  # fmt: skip
+        # transformers passes on what the function names, and keeps a `streamer` for itself.
+        return self.base.generate(input_ids, generation_config, custom_generate=custom_generate, **ours, **kwargs)
 
-        def stream(_index: int, tokens: list[int], _origins: list[int]) -> None:
-            if streamer is not None:
-                for token in tokens:
-                    streamer.put(torch.tensor([token]))
-
-        engine = self._compiled_engine(len(prompts), heads) if compile else self.engine(len(prompts), heads)
-        engine.stop_tokens = frozenset(end_tokens(self.base) if stops is None else stops)
-        done = dict(engine.generate(prompts, max_new_tokens, stream))
-        if streamer is not None:
-            streamer.end()
-        if pad_token_id is None:
-            pad_token_id = getattr(self.generation_config, "pad_token_id", None)
-        if pad_token_id is None:
-            pad_token_id = next(iter(end_tokens(self.base)), 0)
-        new = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(done[index].tokens, device=input_ids.device) for index in range(len(prompts))],
-            batch_first=True,
-            padding_value=pad_token_id,
-        )
-        return torch.cat([input_ids, new], dim=1)
-
-    def _compiled_engine(self, rows: int, heads: int | None) -> Engine:
-        engine = self.engine(rows, heads)
+    def compiled(self, engine: Engine, heads: int | None, sampling: bool) -> Engine:
+        """The engine with the machine code that these weights were compiled to, compiled now if need be."""
         tensors = (*self.parameters(), *self.buffers())
         weights = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-        found = self._code.get((rows, heads))
+        asked = engine.rows, heads, engine.depth, sampling
+        found = self._code.get(asked)
         if found is None or found[0] != weights:
-            found = self._code[rows, heads] = weights, engine.compile().code
+            found = self._code[asked] = weights, engine.compile(sampling=sampling).code
         return engine if found[1] is None else engine.use(found[1])
 
     # --- saving -----------------------------------------------------------------------------------------------

@@ -463,7 +463,6 @@ class Branches:
         return visible
 
 
-
 class _Buffer(CacheLayerMixin):
     """Keys [B, H, S, Dk] and values [B, H, S, Dv] of one layer in buffers of fixed size."""
 
@@ -543,9 +542,7 @@ class RaggedCache(Cache):
             layer.hold(*pair)
         return cache
 
-    def place(
-        self, positions: Tensor, rows: Tensor | None = None, branches: Branches | None = None
-    ) -> VisibleFn:
+    def place(self, positions: Tensor, rows: Tensor | None = None, branches: Branches | None = None) -> VisibleFn:
         """Say where the next forward writes: positions [B, T], rows [B] (None: all). Returns who sees what.
 
         Args:

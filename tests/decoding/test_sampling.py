@@ -192,11 +192,15 @@ def test_one_sampling_for_all_gives_each_prompt_a_seed(one_kind):
 
 def test_a_processor_that_remembers_sees_each_token_once(one_kind, caplog):
     with caplog.at_level(logging.WARNING):
-        found = texts(one_kind.engine(rows=2, stop_tokens=[]), [PROMPT, PROMPT], 10, Sampling(processors=(Alternating(),)))
+        found = texts(
+            one_kind.engine(rows=2, stop_tokens=[]), [PROMPT, PROMPT], 10, Sampling(processors=(Alternating(),))
+        )
     assert "Alternating" in caplog.text and "stateless" in caplog.text
     for text in found:  # each text has a processor of its own
         assert [token % 2 for token in text] == [0, 1] * 5
-    results = list(one_kind.engine(stop_tokens=[]).generate([PROMPT], 10, sampling=Sampling(processors=(Alternating(),))))
+    results = list(
+        one_kind.engine(stop_tokens=[]).generate([PROMPT], 10, sampling=Sampling(processors=(Alternating(),)))
+    )
     assert set(results[0][1].drafted) == {0}
 
 
@@ -230,7 +234,15 @@ def test_the_scores_that_are_kept_are_those_that_chose(one_kind, prompts):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 1.5}, {"repetition_penalty": 0.0}, {"method": "x"}]
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"method": "x"},
+    ],
 )
 def test_sampling_that_means_nothing_is_refused(wrong):
     with pytest.raises(SamplingError, match=next(iter(wrong))):

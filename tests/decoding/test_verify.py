@@ -137,7 +137,7 @@ def test_the_path_through_a_tree_is_the_one_of_a_walk(data):
         depths.append(depths[parent] + 1)
     targets = [data.draw(st.integers(0, 3)) for _ in range(count)]
     walk = [0]
-    while (step := next((c for c in range(1, count) if parents[c] == walk[-1] and tokens[c] == targets[walk[-1]]), None)):
+    while step := next((c for c in range(1, count) if parents[c] == walk[-1] and tokens[c] == targets[walk[-1]]), None):
         walk.append(step)
     accepted, path = follow(*(torch.tensor([each]) for each in (tokens, parents, depths, targets)), longest=9)
     assert accepted.item() == len(walk) - 1

@@ -189,7 +189,8 @@ class Engine:
         inputs = self._example(full)
         targets, accepted, _, _, tapped, positions = verify[full](*inputs)
         chances = Chances(
-            torch.ones(self.rows, device=targets.device), torch.zeros_like(targets[:, :1]).expand(-1, self.n - 1).clone()
+            torch.ones(self.rows, device=targets.device),
+            torch.zeros_like(targets[:, :1]).expand(-1, self.n - 1).clone(),
         )
 
         def draft(module: type[Draft], noise: Chances | None) -> Callable[..., Any]:
@@ -346,10 +347,16 @@ class Engine:
         several = [sampling] * count if isinstance(sampling, Sampling) else list(sampling)
         seeds = [each.seed + place * isinstance(sampling, Sampling) for place, each in enumerate(several)]
         if len(limits) != count or len(several) != count:
-            raise PromptError(f"There are {count} prompts: give one max_new_tokens and one sampling, or {count} of each.")
+            raise PromptError(
+                f"There are {count} prompts: give one max_new_tokens and one sampling, or {count} of each."
+            )
         for prompt, limit in zip(prompts, limits, strict=True):
             self._check(prompt, limit)
         self._warn_of(several)
+        if count > 1 and (names := sorted({name for each in several for name in each.of_rows})):
+            raise PromptError(
+                f"{', '.join(names)} knows the rows of a batch by their number: generate prompts one by one."
+            )
         if self.tree is not None and any(each.rejects for each in several):
             raise PromptError("A tree of drafts is verified by coupled sampling: leave the tree or rejection out.")
         return [
@@ -786,7 +793,9 @@ class Engine:
         self._slots: list[Row | None] = [None] * count
         if not goes_on:
             self.cache = RaggedCache(len(self.trunk.layers), count, room)
-            self._held: list[tuple[list[int], int]] = [([], 0)] * count  # by slot: the text in the cache, and `Row.read`
+            self._held: list[tuple[list[int], int]] = [
+                ([], 0)
+            ] * count  # by slot: the text in the cache, and `Row.read`
         else:
             for slot, row in enumerate(interrupted):
                 if row is not None:
@@ -845,9 +854,7 @@ def _by_width(codes: dict[int, Callable[..., Any]], eager: Callable[..., Any]) -
     return lambda pending, drafts, *rest: codes.get(drafts.shape[1], eager)(pending, drafts, *rest)
 
 
-def _shown(
-    results: Iterator[tuple[int, Generation]], count: int, console: Console
-) -> Iterator[tuple[int, Generation]]:
+def _shown(results: Iterator[tuple[int, Generation]], count: int, console: Console) -> Iterator[tuple[int, Generation]]:
     """The same results, with a bar."""
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),

@@ -141,10 +141,10 @@ def scores_of(rows: Sequence[Row | None], logits: Tensor, branches: Sequence[Seq
     Args:
         branches: for each row and place, the tokens between the row's text and the token that is chosen there.
     """
-    groups: dict[int, list[int]] = {}
+    groups: dict[Sampling, list[int]] = {}
     for slot, row in enumerate(rows):
         if row is not None and row.sampling.all_processors:
-            groups.setdefault(id(row.sampling), []).append(slot)
+            groups.setdefault(row.sampling.settings, []).append(slot)
     scores = logits.to(torch.float32, copy=bool(groups))
     for slots in groups.values():
         try:

@@ -34,9 +34,13 @@ _OF_SCORES = {
 # ... and those that look at the text before as well, but remember nothing.
 _OF_TEXT = {
     "MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "RepetitionPenaltyLogitsProcessor",
-    "EncoderRepetitionPenaltyLogitsProcessor", "NoRepeatNGramLogitsProcessor", "EncoderNoRepeatNGramLogitsProcessor",
-    "SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor", "ForcedBOSTokenLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor", "SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor", "ForcedBOSTokenLogitsProcessor",
     "ForcedEOSTokenLogitsProcessor", "ExponentialDecayLengthPenalty", "SuppressTokensAtBeginLogitsProcessor",
+}  # fmt: skip
+# Those that know the rows of a batch by their number, and so serve one text only.
+_OF_ROWS = {
+    "PrefixConstrainedLogitsProcessor", "EncoderRepetitionPenaltyLogitsProcessor",
+    "EncoderNoRepeatNGramLogitsProcessor",
 }  # fmt: skip
 
 TOKEN, DRAFT, STANDS, RESIDUAL = range(4)  # what a random number is for
@@ -119,6 +123,11 @@ class Sampling:
         return LogitsProcessorList(found)
 
     @cached_property
+    def settings(self) -> Sampling:
+        """The same without the seed: rows with equal settings are processed together."""
+        return replace(self, seed=0)
+
+    @cached_property
     def stateful(self) -> list[str]:
         """The names of processors that remember what they saw."""
         return [type(each).__name__ for each in self.all_processors if not _is_stateless(each)]
@@ -131,6 +140,11 @@ class Sampling:
             if isinstance(each, TemperatureLogitsWarper):
                 found *= float(each.temperature)
         return found
+
+    @cached_property
+    def of_rows(self) -> list[str]:
+        """The names of processors that know rows by their number."""
+        return [type(each).__name__ for each in self.all_processors if _is_among(each, _OF_ROWS)]
 
     @cached_property
     def reads_text(self) -> bool:

@@ -45,7 +45,9 @@ class Tree:
     def __post_init__(self) -> None:
         if self.paths is None:
             if self.nodes < 2 or self.beam < 1:
-                raise TreeError(f"A tree of {self.nodes} nodes, {self.beam} wide, has no drafts: give at least 2 and 1.")
+                raise TreeError(
+                    f"A tree of {self.nodes} nodes, {self.beam} wide, has no drafts: give at least 2 and 1."
+                )
             return
         ordered = tuple(sorted({tuple(path) for path in self.paths}, key=lambda path: (len(path), path)))
         for path in ordered:

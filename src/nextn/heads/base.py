@@ -252,4 +252,3 @@ class Heads(nn.Module, ABC):
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(function, *inputs)
         return function(*inputs)
-

@@ -116,7 +116,9 @@ class DistinctHeads(Heads):
             for branch in range(1 if level is None else level.tokens.shape[1]):
                 state = before[0]
                 if level is not None:  # its entries in the cache make way for those of the next branch
-                    ids[batch, window.last[:, None] + torch.arange(1, k - 1, device=ids.device)] = level.paths[:, branch]
+                    ids[batch, window.last[:, None] + torch.arange(1, k - 1, device=ids.device)] = level.paths[
+                        :, branch
+                    ]
                     state = _of_parent(before, level, branch)
                 states.append(module(trunk, ids[:, k - 2 : k - 2 + width], state, window.positions, visible, cache))
             newest_states = torch.stack([window.newest(state) for state in states], dim=1)
