@@ -454,7 +454,7 @@ class Engine:
             if len(slots) > 1:
                 for slot in slots:
                     self._prefill([slot], chunk)
-            elif chunk > 32:
+            elif chunk > 8:
                 self._prefill(slots, chunk // 2)
             else:
                 row = self._slots[slots[0]]
@@ -678,7 +678,8 @@ class Engine:
         active = [slot for slot, row in enumerate(self._slots) if row is not None]
         fresh = self._fresh
         if fresh is not None and not any(row.unread for row in self._slots if row is not None):
-            states = fresh.tapped, fresh.positions, fresh.run, fresh.accepted
+            # A text that broke off with logits that are no numbers leaves no token behind.
+            states = fresh.tapped, fresh.positions, fresh.run.clamp(min=0), fresh.accepted
             drafts = self.drafter.propose(*states, self._all_rows, self._asked(tree, None))
         else:
             drafts = self._catch_up(active, tree)
