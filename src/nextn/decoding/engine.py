@@ -30,7 +30,7 @@ from nextn.decoding.compiled import (
 )  # fmt: skip
 from nextn.decoding.drafting import Asked, Draft, Drafter, Drafts, HeadDrafter, NoisyDraft
 from nextn.decoding.pace import TREE, Pace, Profile
-from nextn.decoding.rows import DecodingError, Generation, OnTokens, Row, Run, Stop, scores_of
+from nextn.decoding.rows import DecodingError, Generation, Held, OnTokens, Row, Run, Stop, scores_of
 from nextn.decoding.sampling import DRAFT, GREEDY, RESIDUAL, STANDS, Sampling, gumbel, keys, uniform
 from nextn.decoding.tree import Chances, Tree
 from nextn.decoding.verify import (
@@ -417,10 +417,12 @@ class Engine:
 
     def _leave(self, slot: int, row: Row) -> None:
         """A row is done; its slot is free, and remembers what the cache holds of the text."""
+        if self.keep and self.drafter:
+            self._set_aside()
         self._slots[slot] = None
-        self._held[slot] = row.text[:-1], row.read
+        self._held[slot] = Held(row.text[:-1], row.read, row.unread)
         if row.result.finish == "error":  # what is not a number must not reach whoever comes next
-            self._held[slot] = [], 0
+            self._held[slot] = Held()
             self.cache.clear(slot)
             if self.drafter:
                 self.drafter.forget(slot)
@@ -433,12 +435,11 @@ class Engine:
         free = [slot for slot, row in enumerate(self._slots) if row is None]
         while free and waiting:
             row = waiting.popleft()
-            slot = max(free, key=lambda slot: _alike(self._held[slot][0], row.result.prompt))
+            slot = max(free, key=lambda slot: self._held[slot].alike(row.result.prompt))
             free.remove(slot)
             slots.append(slot)
             self._slots[slot] = row
-            row.read = self._reused(slot, row)
-            self._held[slot] = [], 0
+            self._go_on(slot, row)
         long = [slot for slot in slots if self._todo(slot) > self.chunk]
         short = [slot for slot in slots if slot not in long]
         for group in [*([slot] for slot in long), *([short] if short else [])]:
@@ -468,21 +469,22 @@ class Engine:
         """
         rows = torch.tensor(slots, device=self._lengths.device)
         members = [row for slot in slots if (row := self._slots[slot]) is not None]
-        for row in members:
-            row.unread = []
+        unread = [list(row.unread) for row in members]
         longest = max(self._todo(slot) for slot in slots)
         chunk = longest if len(slots) > 1 else chunk
         for begin in range(0, longest, chunk):
-            parts = [torch.tensor(row.result.prompt[row.read + begin :][:chunk], device=rows.device) for row in members]
+            parts = [torch.tensor(row.result.prompt[row.held + begin :][:chunk], device=rows.device) for row in members]
             counts = torch.tensor([len(part) for part in parts], device=rows.device)
             ids = pad_sequence(parts, batch_first=True)
-            starts = torch.tensor([row.read + begin for row in members], device=rows.device)
+            starts = torch.tensor([row.held + begin for row in members], device=rows.device)
             places = torch.arange(ids.shape[1], device=rows.device)
             positions = torch.where(places < counts[:, None], starts[:, None] + places, -1)
             visible = self.cache.place(positions, rows)
             hidden, tapped = self.trunk.run(ids, positions, visible, self.cache, self.tap)  # [b, T, D]
-            for row, states, part in zip(members, tapped, parts, strict=True):
-                row.unread.append(states[: len(part)])
+            for so_far, states, part in zip(unread, tapped, parts, strict=True):
+                so_far.append(states[: len(part)])
+        for row, states in zip(members, unread, strict=True):
+            row.unread = states if self.drafter else []
         return hidden[torch.arange(len(slots)), counts - 1]
 
     def _first_tokens(self, slots: list[int], hidden: Tensor) -> None:
@@ -498,19 +500,18 @@ class Engine:
 
     def _todo(self, slot: int) -> int:
         row = self._slots[slot]
-        return 0 if row is None else len(row.result.prompt) - row.read
+        return 0 if row is None else len(row.result.prompt) - row.held
 
-    def _reused(self, slot: int, row: Row) -> int:
-        """How many positions of a prompt need not be read again."""
-        text, seen = self._held[slot]
-        same = min(_alike(text, row.result.prompt), len(row.result.prompt) - 1)
+    def _go_on(self, slot: int, row: Row) -> None:
+        """A row takes over what its slot holds of its prompt."""
+        held, self._held[slot] = self._held[slot], Held()
         if self.drafter is None:
-            return same
+            held.read = len(held.text)
         # Heads read the token after a state, and distinct modules some more: entries that saw another text are made anew.
-        back = 1 + (self.drafter.heads.lookback if isinstance(self.drafter, HeadDrafter) else self.n)
-        same = max(0, min(same, seen) - back)
-        self.drafter.forget(slot, all_of_it=same == 0)
-        return same
+        lookback = self.drafter.heads.lookback if isinstance(self.drafter, HeadDrafter) else 0
+        held.hand_over(row, back=1 + lookback if self.drafter else 0)
+        if self.drafter:
+            self.drafter.forget(slot, all_of_it=row.read == 0)
 
     # --- a step -----------------------------------------------------------------------------------------------
 
@@ -794,13 +795,11 @@ class Engine:
         self._slots: list[Row | None] = [None] * count
         if not goes_on:
             self.cache = RaggedCache(len(self.trunk.layers), count, room)
-            self._held: list[tuple[list[int], int]] = [
-                ([], 0)
-            ] * count  # by slot: the text in the cache, and `Row.read`
+            self._held = [Held() for _ in range(count)]  # by slot
         else:
             for slot, row in enumerate(interrupted):
                 if row is not None:
-                    self._held[slot] = [], 0
+                    self._held[slot] = Held()
             if room > self.cache.capacity:
                 self.cache.grow(room)
         if self.drafter:
@@ -842,12 +841,6 @@ def _checked(depth: int | str | None, tree: Tree | None, n: int) -> int | str:
 
 def _draws_drafts(sampling: Sampling) -> bool:
     return sampling.by_chance and (not sampling.rejects or sampling.sampled_drafts)
-
-
-def _alike(text: Sequence[int], prompt: Sequence[int]) -> int:
-    """How many tokens two texts have in common at their beginning."""
-    return next((place for place, pair in enumerate(zip(text, prompt, strict=False)) if pair[0] != pair[1]),
-                min(len(text), len(prompt)))  # fmt: skip
 
 
 def _by_width(codes: dict[int, Callable[..., Any]], eager: Callable[..., Any]) -> Callable[..., Any]:

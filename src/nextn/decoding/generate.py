@@ -31,6 +31,7 @@ _COUNTED = {
     "ForcedEOSTokenLogitsProcessor": "max_length",
     "ExponentialDecayLengthPenalty": "regulation_start",
     "SuppressTokensAtBeginLogitsProcessor": "begin_index",
+    "RepetitionPenaltyLogitsProcessor": "prompt_ignore_length",
 }
 
 
@@ -209,25 +210,24 @@ def _samplings(
     if seed is None:
         seed = int(torch.randint(2**60, (1,))) if _samples(config) else 0
     common = Sampling(float(_samples(config)), processors=tuple(processors), method=method)
-    by_padding: dict[int, Sampling] = {}
-    found = []
-    for place, pads in enumerate(padding):
-        moved = tuple(_moved(each, pads, config) for each in processors)
-        alike = by_padding.setdefault(pads, common if moved == tuple(processors) else replace(common, processors=moved))
-        found.append(replace(alike, seed=seed + place))
-    return found
+    by_padding = {
+        pads: replace(common, processors=tuple(_moved(each, pads, config) for each in processors)) for pads in set(padding)
+    }
+    return [replace(by_padding[pads], seed=seed + place) for place, pads in enumerate(padding)]
 
 
 def _moved(processor: Any, pads: int, config: GenerationConfig) -> Any:
-    """A processor that counts from the beginning of a row, for one without its padding."""
+    """A processor that counts from the beginning of a padded row, for the row without its padding."""
     kind = type(processor).__name__
     name = _COUNTED.get(kind)
     if kind == "MinLengthLogitsProcessor" and config.min_new_tokens is not None:
         name = "min_length"
-    if name is None or not pads:
+    counted = None if name is None else getattr(processor, name, None)
+    if name is None or counted is None or (not pads and not isinstance(counted, Tensor)):
         return processor
     own = copy.copy(processor)
-    setattr(own, name, getattr(own, name) - pads)
+    # A tensor holds the padding of each row, which is not there any more.
+    setattr(own, name, None if isinstance(counted, Tensor) else max(0, counted - pads))
     return own
 
 

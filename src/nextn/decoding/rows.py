@@ -65,8 +65,9 @@ class Row:
     """One text in a slot.
 
     limit: how many tokens it may emit.
-    unread: tapped trunk states [t, D] that the drafter has not seen yet, oldest first.
+    held: how many positions of its prompt the cache held already.
     read: how many positions the drafter has seen.
+    unread: tapped trunk states [t, D] from there on, which the drafter has not seen yet, oldest first.
     """
 
     index: int
@@ -77,8 +78,9 @@ class Row:
     stop_tokens: frozenset[int] = frozenset()
     stop: Stop | None = None
     on_tokens: OnTokens | None = None
-    unread: list[Tensor] = field(default_factory=list)
+    held: int = 0
     read: int = 0
+    unread: list[Tensor] = field(default_factory=list)
 
     @property
     def text(self) -> list[int]:
@@ -131,6 +133,35 @@ class Row:
 
     def fail(self, error: Exception) -> None:
         self.result.finish, self.result.error = "error", error
+
+
+@dataclass
+class Held:
+    """What a slot remembers of the text that was in it: the tokens in the cache, and what the drafter has seen of them."""
+
+    text: list[int] = field(default_factory=list)
+    read: int = 0
+    unread: list[Tensor] = field(default_factory=list)
+
+    def alike(self, prompt: Sequence[int]) -> int:
+        """How many tokens a prompt has in common with the text at its beginning."""
+        pairs = zip(self.text, prompt, strict=False)
+        differ = (place for place, (ours, theirs) in enumerate(pairs) if ours != theirs)
+        return next(differ, min(len(self.text), len(prompt)))
+
+    def hand_over(self, row: Row, back: int) -> None:
+        """Let a row go on from what its prompt has in common with the text.
+
+        Args:
+            back: how many positions before a token that changed the drafter must see again.
+        """
+        known = self.read + sum(map(len, self.unread))
+        row.held = row.read = same = min(self.alike(row.result.prompt), len(row.result.prompt) - 1, known)
+        if same > self.read:  # the drafter has yet to see the last of them
+            row.read = self.read
+            row.unread = [torch.cat(self.unread)[: same - self.read]]
+        else:
+            row.held = row.read = max(0, same - back)
 
 
 def scores_of(rows: Sequence[Row | None], logits: Tensor, branches: Sequence[Sequence[Sequence[int]]]) -> Tensor:

@@ -1,0 +1,284 @@
+"""Whatever goes wrong with one text, the others are the plain ones, and the engine goes on."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nextn
+from conftest import KINDS, fit, greedy_reference, made_up_text
+from nextn.decoding.engine import Engine, PromptError
+from nextn.decoding.pace import Pace, Profile
+from nextn.decoding.rows import DecodingError
+from nextn.decoding.sampling import Sampling
+from nextn.decoding.tree import Tree
+from nextn.trunk import Trunk
+
+PROMPTS = [made_up_text(1, length, seed=300 + length)[0].tolist() for length in (1, 3, 8, 14, 21, 30)]
+NEW = 14
+
+
+@pytest.fixture(scope="module")
+def model(trained_host):
+    config = nextn.MultiTokenConfig(n=4, output={"kind": "trimmed", "size": 52}, **KINDS["recurrent"])
+    model = nextn.attach(copy.deepcopy(trained_host), config, calibration={"input_ids": made_up_text(8, 48, seed=999)})
+    fit(model.train(), 60)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def plain(model) -> list[list[int]]:
+    return [greedy_reference(model.base, prompt, NEW) for prompt in PROMPTS]
+
+
+def check(found: dict, plain: list[list[int]], but: set[int] = frozenset()) -> None:
+    for index, text in enumerate(plain):
+        if index in but:
+            assert found[index].tokens == text[: len(found[index].tokens)]
+        else:
+            assert found[index].tokens == text and found[index].finish == "length"
+
+
+def works_still(engine: Engine, plain: list[list[int]]) -> None:
+    check(dict(engine.generate(PROMPTS, NEW)), plain)
+
+
+@pytest.mark.parametrize("tree", [None, Tree(nodes=6)])
+def test_an_exception_in_a_users_function_ends_one_text(model, plain, tree):
+    engine = model.engine(rows=3, stop_tokens=[], tree=tree)
+
+    def fails_at(index: int, tokens: list[int], _origins: list[int]) -> None:
+        if index == 2 and len(seen := streamed.setdefault(index, [])) + len(tokens) > 5:
+            raise OSError(f"the pipe is closed after {len(seen)} tokens")
+        streamed.setdefault(index, []).extend(tokens)
+
+    streamed: dict[int, list[int]] = {}
+    found = dict(engine.generate(PROMPTS, NEW, fails_at))
+    check(found, plain, but={2})
+    assert found[2].finish == "error" and "pipe is closed" in str(found[2].error)
+    works_still(engine, plain)
+
+    def fails_to_stop(index: int, text: list[int]) -> bool:
+        if index == 4 and len(text) > len(PROMPTS[4]) + 4:
+            raise ZeroDivisionError("a criterion")
+        return False
+
+    found = dict(engine.generate(PROMPTS, NEW, stop=fails_to_stop))
+    check(found, plain, but={4})
+    assert isinstance(found[4].error, ZeroDivisionError) and len(found[4].tokens) <= 5
+    works_still(engine, plain)
+
+
+def test_an_exception_in_a_processor_ends_one_text(model, plain):
+    class Fails(tf.LogitsProcessor):
+        stateless = True
+
+        def __call__(self, input_ids, scores):
+            if input_ids[0, : len(PROMPTS[3])].tolist() == PROMPTS[3] and input_ids.shape[1] > len(PROMPTS[3]) + 6:
+                raise KeyError("no such rule")
+            return scores
+
+    engine = model.engine(rows=4, stop_tokens=[])
+    found = dict(engine.generate(PROMPTS, NEW, sampling=Sampling(processors=(Fails(),))))
+    check(found, plain, but={3})
+    assert isinstance(found[3].error, KeyError) and 0 < len(found[3].tokens) < NEW
+    works_still(engine, plain)
+
+
+def test_cancelled_texts_end_and_make_room(model, plain):
+    engine = model.engine(rows=2, stop_tokens=[])
+
+    def cancel(index: int, _tokens: list[int], _origins: list[int]) -> None:
+        if index == 0:
+            engine.cancel(1)  # at work
+            engine.cancel(5)  # waiting
+
+    found = dict(engine.generate(PROMPTS, NEW, cancel))
+    check(found, plain, but={1, 5})
+    assert found[1].finish == found[5].finish == "cancelled" and not found[5].tokens
+    works_still(engine, plain)
+
+
+def test_a_generation_that_is_left_behind_says_so(model, plain):
+    engine = model.engine(rows=2, stop_tokens=[])
+    first = engine.generate(PROMPTS, NEW)
+    next(first)
+    works_still(engine, plain)
+    with pytest.raises(DecodingError, match="another generate"):
+        list(first)
+    second = engine.generate(PROMPTS, NEW)
+    next(second)
+    second.close()
+    works_still(engine, plain)
+
+
+def test_out_of_memory_at_a_prompt_ends_that_text_only(model, plain, monkeypatch):
+    limit, run = 64, Trunk.run
+
+    def with_little_memory(self, input_ids, *args, **kwargs):
+        if input_ids.numel() > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(Trunk, "run", with_little_memory)
+    engine = model.engine(rows=6, stop_tokens=[])
+    check(dict(engine.generate(PROMPTS, NEW)), plain)  # read one by one
+    limit = 24
+    engine = model.engine(rows=1, stop_tokens=[])
+    check(dict(engine.generate(PROMPTS, NEW)), plain)  # the long one in parts
+    limit = 4
+    found = dict(engine.generate([PROMPTS[1], [5] * 60], NEW))
+    assert found[0].tokens == plain[1]
+    assert found[1].finish == "error" and "not enough memory for a prompt of 60 tokens" in str(found[1].error)
+
+
+def break_heads(model) -> None:
+    with torch.no_grad():
+        next(p for name, p in model.heads.named_parameters() if name.endswith("o_proj.weight")).fill_(torch.nan)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=3), Sampling(1.0, method="rejection", seed=3)])
+def test_broken_heads_do_not_touch_the_text(trained_host, kind, sampling):
+    config = nextn.MultiTokenConfig(n=4, **KINDS[kind])
+    model = nextn.attach(copy.deepcopy(trained_host), config)
+    break_heads(model)
+    for tree in (None, Tree(nodes=5)) if not sampling.rejects else (None,):
+        found = dict(model.engine(rows=3, stop_tokens=[], tree=tree).generate(PROMPTS, NEW, sampling=sampling))
+        assert all(result.finish == "length" and len(result.tokens) == NEW for result in found.values())
+        if not sampling.rejects:
+            alone = dict(model.engine(heads=1, stop_tokens=[]).generate(PROMPTS, NEW, sampling=sampling))
+            assert [found[i].tokens for i in range(6)] == [alone[i].tokens for i in range(6)]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, method="rejection")])
+def test_a_broken_trunk_is_an_error_of_that_text(trained_host, plain, sampling):
+    model = nextn.attach(copy.deepcopy(trained_host), nextn.MultiTokenConfig(n=4, **KINDS["recurrent"]))
+    poison = next(token for token in range(3, 60) if not any(token in prompt for prompt in PROMPTS))
+    seeds = [replace(sampling, seed=place) for place in range(7)]
+    alone = dict(model.engine(heads=1, stop_tokens=[]).generate(PROMPTS, NEW, sampling=seeds[:6]))
+    whole = [alone[place].tokens for place in range(6)]
+    with torch.no_grad():
+        model.base.get_input_embeddings().weight[poison] = torch.nan
+    broken = [*PROMPTS[:2], [5, poison, 6], *PROMPTS[2:]]
+    engine = model.engine(rows=2, stop_tokens=[])
+    seeds.insert(2, sampling)
+    found = dict(engine.generate(broken, NEW, sampling=seeds[:7]))
+    assert found[2].finish == "error" and "not numbers" in str(found[2].error) and not found[2].tokens
+    others = [found[index] for index in range(7) if index != 2]
+    assert sum(result.error is None for result in others) >= 3
+    for place, result in enumerate(others):  # some of them came into the slot of the broken one
+        if sampling.rejects:
+            assert result.error is None or result.tokens[-1] == poison
+        else:
+            expected = whole[place]
+            end = expected.index(poison) + 1 if poison in expected[:-1] else NEW
+            assert result.tokens == expected[:end] and (result.error is None) == (end == NEW)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_texts_may_end_at_once(model, plain, rows):
+    ends = {text[0] for text in plain[:3]}
+    engine = model.engine(rows=rows, stop_tokens=ends)
+    found = dict(engine.generate(PROMPTS, NEW))
+    for index in range(3):
+        assert found[index].tokens == plain[index][:1] and found[index].finish == "stop"
+    assert dict(engine.generate(PROMPTS, 1))[5].tokens == plain[5][:1]
+    assert list(engine.generate([], NEW)) == []
+    for wrong, match in (((PROMPTS, 0), "at least 1"), (([[5], []], NEW), "empty"), (([[5, 99]], NEW), "vocabulary"),
+                         ((PROMPTS, [3]), "one max_new_tokens")):  # fmt: skip
+        with pytest.raises(PromptError, match=match):
+            engine.generate(*wrong)
+    found = dict(engine.generate(PROMPTS, NEW))
+    assert found[0].tokens == plain[0][:1]
+
+
+def test_the_context_may_end_within_a_draft(model):
+    context = model.trunk.max_length
+    for left in (1, 2, 3, 5):
+        prompts = [made_up_text(1, context - left, seed=1)[0].tolist(), PROMPTS[2]]
+        for tree in (None, Tree(nodes=7)):
+            found = dict(model.engine(rows=2, stop_tokens=[], tree=tree).generate(prompts, 9))
+            assert found[0].tokens == greedy_reference(model.base, prompts[0], left) and found[0].finish == "length"
+            assert found[1].tokens == greedy_reference(model.base, prompts[1], 9)
+
+
+EVENTS = ("cancel", "raise", "stop")
+
+
+@settings(max_examples=100)
+@given(data=st.data())
+def test_any_schedule_leaves_the_plain_texts(model, plain, data):
+    run_schedule(model, plain, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=3000)
+@given(data=st.data())
+def test_thousands_of_schedules_leave_the_plain_texts(model, plain, data):
+    run_schedule(model, plain, data)
+
+
+def run_schedule(model, plain, data) -> None:
+    """Rows, drafts, trees, chunks, plain steps in between, kept texts, and mishaps at random."""
+    order = data.draw(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=7), label="prompts")
+    limits = [data.draw(st.integers(1, NEW)) for _ in order]
+    mishaps = {
+        place: (data.draw(st.sampled_from(EVENTS)), data.draw(st.integers(1, NEW)))
+        for place in data.draw(st.sets(st.integers(0, len(order) - 1), max_size=2))
+    }
+    engine = model.engine(
+        rows=data.draw(st.integers(1, 4), label="rows"),
+        stop_tokens=[],
+        depth=data.draw(st.sampled_from([None, "auto", 1, 2]), label="depth"),
+        tree=data.draw(st.sampled_from([None, None, Tree(nodes=5, beam=2), Tree(((0,), (1,), (0, 0)))]), label="tree"),
+        keep=data.draw(st.booleans(), label="keep"),
+        chunk=data.draw(st.sampled_from([1024, 7]), label="chunk"),
+    )
+    engine.pace = Restless(3, Profile({depth: 1.0 for depth in range(4)}, 0.0), tree=1.0 if engine.tree else None)
+    engine.pace.plan = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=6), label="pace")
+    emitted: dict[int, int] = {}
+
+    def on_tokens(index: int, tokens: list[int], _origins: list[int]) -> None:
+        emitted[index] = emitted.get(index, 0) + len(tokens)
+        what, after = mishaps.get(index, ("", 0))
+        if emitted[index] >= after:
+            if what == "raise":
+                raise RuntimeError("mishap")
+            if what == "cancel":
+                engine.cancel(index)
+
+    def stop(index: int, text: list[int]) -> bool:
+        what, after = mishaps.get(index, ("", 0))
+        return what == "stop" and len(text) - len(PROMPTS[order[index]]) >= after
+
+    for _ in range(2):  # the second time on what the first one left behind
+        emitted.clear()
+        found = dict(engine.generate([PROMPTS[each] for each in order], limits, on_tokens, stop=stop))
+        assert len(found) == len(order)
+        for index, each in enumerate(order):
+            result, expected = found[index], plain[each][: limits[index]]
+            what, after = mishaps.get(index, ("", 0))
+            if what in ("raise", "cancel"):
+                assert result.tokens == expected[: len(result.tokens)]
+                assert len(result.tokens) >= min(after, len(expected))
+            else:
+                assert result.tokens == (expected[:after] if what else expected)
+            assert len(result.origins) == len(result.tokens)
+            assert all(a <= d for a, d in zip(result.accepted, result.drafted, strict=True))
+
+
+class Restless(Pace):
+    """Drafts now more, now fewer tokens, by a plan."""
+
+    plan = (3,)
+
+    def choose(self) -> int:
+        self.plan = [*self.plan[1:], self.plan[0]]
+        return -1 if self.tree is not None and self.plan[0] == 3 else self.plan[0]

@@ -1,0 +1,86 @@
+"""How far to draft: what is fastest by the times of the machine and by what drafts bring."""
+
+from __future__ import annotations
+
+import pytest
+
+from conftest import greedy_reference
+from nextn.decoding import engine as engine_module
+from nextn.decoding.pace import TREE, Pace, Profile
+
+CHEAP = Profile({0: 1.0, 1: 1.05, 2: 1.1, 3: 1.15}, 0.1)
+DEAR = Profile({0: 1.0, 1: 1.9, 2: 2.8, 3: 3.7}, 0.2)
+
+
+def told(pace: Pace, accepted: list[int], steps: int) -> list[int]:
+    """What it chooses while each row accepts so many of the drafts that it is offered."""
+    chosen = []
+    for _ in range(steps):
+        choice = pace.choose()
+        pace.note(choice, [min(count, choice) for count in accepted] if choice != TREE else accepted)
+        chosen.append(choice)
+    return chosen
+
+
+def test_good_drafts_on_an_idle_machine_are_all_taken():
+    assert set(told(Pace(3, CHEAP), [3, 3, 3], 50)) == {3}
+
+
+def test_drafts_that_are_never_right_are_left_and_seldom_tried_again():
+    chosen = told(Pace(3, CHEAP), [0, 0], 1000)
+    assert not any(chosen[30:60]) and 0 < sum(map(bool, chosen)) < 40
+    assert sum(map(bool, chosen[500:])) <= 3
+
+
+def test_where_a_token_more_costs_a_step_more_there_are_plain_steps():
+    assert not any(told(Pace(3, DEAR), [2, 1], 300))
+
+
+def test_the_depth_follows_what_the_second_draft_brings():
+    chosen = told(Pace(3, Profile({0: 1.0, 1: 1.2, 2: 1.6, 3: 2.0}, 0.05)), [1, 1], 200)
+    assert set(chosen[50:]) == {1}
+
+
+def test_it_comes_back_when_drafts_are_right_again():
+    pace = Pace(3, CHEAP)
+    assert told(pace, [0], 200)[-1] == 0
+    assert told(pace, [3], 600)[-1] == 3
+
+
+def test_running_acceptance_is_conditional():
+    pace = Pace(3, CHEAP)
+    told(pace, [3, 1, 0, 0], 400)
+    assert pace.acceptance == pytest.approx([0.5, 0.5, 1.0], abs=0.02)
+    assert pace.tokens(3) == pytest.approx(1 + 0.5 + 0.25 + 0.25, abs=0.03)
+
+
+def test_a_tree_is_read_where_it_gives_more_for_its_time():
+    profile = Profile({0: 1.0, 3: 1.1}, 0.1, tree=1.4)
+    assert told(Pace(3, profile, tree=2.5), [3], 100)[-1] == 3
+    pace = Pace(3, profile, tree=3.5)
+    for _ in range(100):
+        pace.note(pace.choose(), [2] if pace.choose() == TREE else [0])
+    assert pace.choose() == TREE
+
+
+def test_a_profile_is_measured_once_and_kept(trained_model, prompts, monkeypatch, tmp_path):
+    monkeypatch.setattr(engine_module, "cache_directory", lambda: tmp_path)
+    engine = trained_model.engine(rows=3, stop_tokens=[], depth="auto")
+    engine.pace.profile = None
+    found = dict(engine.generate(prompts, 20))
+    profile = engine.pace.profile
+    assert set(profile.verify) == {0, 1, 2, 3} and profile.draft > 0 and profile.tree is None
+    assert all(seconds > 0 for seconds in profile.verify.values())
+    (kept,) = (tmp_path / "profiles").iterdir()
+    assert Profile.read(kept) == profile == engine.measure()
+    kept.write_text("{")
+    assert Profile.read(kept) is None
+    for index, prompt in enumerate(prompts):
+        assert found[index].tokens == greedy_reference(trained_model.base, prompt, 20)
+    assert sum(engine.steps.values()) > 0
+
+
+def test_a_depth_that_there_is_not_is_refused(trained_model):
+    for wrong in (4, -1, "all"):
+        with pytest.raises(ValueError, match="depth is"):
+            trained_model.engine(depth=wrong)
