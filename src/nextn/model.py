@@ -320,8 +320,8 @@ class MultiTokenModel(PreTrainedModel):
         """The text of the base model, drafted by the heads: transformers' `generate`, only faster.
 
         What is not named here goes to `generate` of the base and means what it means there: `attention_mask`,
-        `max_new_tokens`, `do_sample`, `temperature`, `logits_processor`, `stopping_criteria`, `return_dict_in_generate`, …
-        Rows may be padded on either side.
+        `max_new_tokens`, `do_sample`, `temperature`, `logits_processor`, `stopping_criteria`,
+        `return_dict_in_generate`, … Rows may be padded on either side.
 
         Args:
             input_ids: prompts [B, T].
@@ -329,8 +329,8 @@ class MultiTokenModel(PreTrainedModel):
             streamer: a transformers streamer (batch 1).
             depth: how many drafts a step reads; `auto`: what is fastest, see `Engine`.
             tree: read a tree of drafts, see `Engine`.
-            seed: for sampling; default: drawn from PyTorch's own generator. The same seed gives the same text with heads
-                and without, whatever the batch, up to near ties.
+            seed: for sampling; default: drawn from PyTorch's own generator. The same seed gives the same text with
+                heads and without, whatever the batch, up to near ties.
             sampling_method: `coupled` or `rejection`, see `Sampling`.
             compile: run the step as machine code. It is compiled once a machine for each batch size, which takes
                 minutes, and loaded in seconds after that. When weights have changed it is compiled anew; a change
@@ -338,8 +338,8 @@ class MultiTokenModel(PreTrainedModel):
 
         Returns:
             input_ids and the new tokens [B, T + new], shorter rows filled with the padding token; or what
-            `return_dict_in_generate` asks for. Its `past_key_values`, given to the next turn together with the whole text,
-            spare reading again what was read.
+            `return_dict_in_generate` asks for. Its `past_key_values`, given to the next turn together with the whole
+            text, spare reading again what was read.
 
         Raises:
             GenerateError, PromptError, SamplingError: for what cannot be; the message says why.
@@ -355,7 +355,8 @@ class MultiTokenModel(PreTrainedModel):
             "tree": tree, "compile": compile, "token_streamer": streamer,
         }  # fmt: skip
         # transformers passes on what the function names, and keeps a `streamer` for itself.
-        return self.base.generate(input_ids, generation_config, custom_generate=custom_generate, **ours, **kwargs)
+        generate: Any = self.base.generate
+        return generate(input_ids, generation_config, custom_generate=custom_generate, **ours, **kwargs)
 
     def compiled(self, engine: Engine, heads: int | None, sampling: bool) -> Engine:
         """The engine with the machine code that these weights were compiled to, compiled now if need be."""

@@ -241,7 +241,7 @@ def run_schedule(model, plain, data) -> None:
         keep=data.draw(st.booleans(), label="keep"),
         chunk=data.draw(st.sampled_from([1024, 7]), label="chunk"),
     )
-    engine.pace = Restless(3, Profile({depth: 1.0 for depth in range(4)}, 0.0), tree=1.0 if engine.tree else None)
+    engine.pace = Restless(3, Profile(dict.fromkeys(range(4), 1.0), 0.0), tree=1.0 if engine.tree else None)
     engine.pace.plan = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=6), label="pace")
     emitted: dict[int, int] = {}
 

@@ -109,7 +109,9 @@ def test_streamers_see_every_token(trained_model):
         if name == "streamer":
             given = trained_model.generate(IDS, max_new_tokens=12, streamer=streamer)
         else:
-            given = trained_model.base.generate(IDS, max_new_tokens=12, heads=trained_model, token_streamer=streamer, **OURS)
+            given = trained_model.base.generate(
+                IDS, max_new_tokens=12, heads=trained_model, token_streamer=streamer, **OURS
+            )
         assert "".join(streamer) == tokenizer.decode(given[0, IDS.shape[1] :])
 
 
@@ -141,9 +143,9 @@ def test_seeds_give_the_same_text_with_heads_and_without(trained_model):
     several = trained_model.generate(IDS, num_return_sequences=3, seed=5, **asked)
     assert torch.equal(several, with_heads)
     rejected = trained_model.generate(IDS, seed=5, sampling_method="rejection", **asked)
-    assert torch.equal(rejected, trained_model.generate(IDS, seed=5, sampling_method="rejection", depth=None, **asked)) or (
-        rejected.shape == first.shape
-    )
+    assert torch.equal(
+        rejected, trained_model.generate(IDS, seed=5, sampling_method="rejection", depth=None, **asked)
+    ) or (rejected.shape == first.shape)
 
 
 @pytest.mark.parametrize("heads", [None, 1])
@@ -169,7 +171,9 @@ def test_a_turn_on_the_cache_of_the_last_gives_the_text_from_scratch(trained_mod
         if turn:  # of a turn only what is new is read, and what heads must see again
             assert read[0] <= 9 + 4 + 6
         read.clear()
-        turns = [text + out.sequences[row, -9:].tolist() + [11, 12, 13, 14][: 2 + turn] for row, text in enumerate(turns)]
+        turns = [
+            text + out.sequences[row, -9:].tolist() + [11, 12, 13, 14][: 2 + turn] for row, text in enumerate(turns)
+        ]
         if turn == 1:  # one user takes back what was said, the other tells something else
             turns = [turns[0][:20] + [30, 31], turns[1][:3] + [40, 41, 42]]
         given = padded(turns, "left")

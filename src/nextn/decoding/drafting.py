@@ -90,11 +90,11 @@ class NoisyTokens(Chain):
         scores, ids = self.chances.scores(trunk, output, state[:, None], depth)
         token = ids.gather(2, best(scores)[..., None])[:, 0, 0]
         if self.drawn_from is not None:
-            logits, ids = output.scores(trunk, state)
+            logits, named = output.scores(trunk, state)
             spread = self.chances.temperatures.clamp(min=1e-3)[:, None]  # a row without noise is not asked for q
             q = (logits.float() / spread).softmax(dim=-1)
-            if ids is not None:
-                q = q.new_zeros(len(q), trunk.vocab_size).scatter(1, ids.expand_as(q), q)
+            if named is not None:
+                q = q.new_zeros(len(q), trunk.vocab_size).scatter(1, named.expand_as(q), q)
             self.drawn_from.append(q)
         return token
 
@@ -113,6 +113,7 @@ class HeadDrafter:
         # What `Draft` and `NoisyDraft` compute for one step of all rows, as machine code.
         self.compiled: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
         self.compiled_noisy: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+        self.caches: list[RaggedCache] = []
 
     def begin(self, cache: RaggedCache, keep: bool = False) -> None:
         # Entries of drafts stand past the text, those of a tree one behind the other.

@@ -1,7 +1,7 @@
-"""transformers' `generate`, with the step done by the engine: its configuration, processors, criteria and outputs.
+"""transformers' `generate`, with the step done by the engine: its config, processors, criteria and outputs.
 
-`model.generate(..., custom_generate=nextn.custom_generate, heads=with_heads)` on a stock model; what transformers prepares
-for its own loops (logits processors, stopping criteria, the generation config) is taken as it is.
+`model.generate(..., custom_generate=nextn.custom_generate, heads=with_heads)` on a stock model; what transformers
+prepares for its own loops (logits processors, stopping criteria, the generation config) is taken as it is.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ def custom_generate(
         return sequences
     return GenerateDecoderOnlyOutput(
         sequences=sequences,  # type: ignore[arg-type]
-        scores=_by_step(found, "scores") if generation_config.output_scores else None,
-        logits=_by_step(found, "logits") if generation_config.output_logits else None,
+        scores=_by_step(found, "scores") if generation_config.output_scores else None,  # type: ignore[arg-type]
+        logits=_by_step(found, "logits") if generation_config.output_logits else None,  # type: ignore[arg-type]
         past_key_values=KeptTexts(engine) if generation_config.use_cache else None,
     )
 
@@ -195,7 +195,7 @@ def _engine(
             "The cache is not nextn's, so the texts are read anew; pass on what generate returns as past_key_values."
         )
     keep = bool(config.return_dict_in_generate and config.use_cache)
-    drafting = {} if plain else {"depth": depth, "tree": tree}
+    drafting: dict[str, Any] = {} if plain else {"depth": depth, "tree": tree}
     return heads.engine(rows, 1 if plain else None, keep=keep, **drafting)
 
 
@@ -211,7 +211,8 @@ def _samplings(
         seed = int(torch.randint(2**60, (1,))) if _samples(config) else 0
     common = Sampling(float(_samples(config)), processors=tuple(processors), method=method)
     by_padding = {
-        pads: replace(common, processors=tuple(_moved(each, pads, config) for each in processors)) for pads in set(padding)
+        pads: replace(common, processors=tuple(_moved(each, pads, config) for each in processors))
+        for pads in set(padding)
     }
     return [replace(by_padding[pads], seed=seed + place) for place, pads in enumerate(padding)]
 
@@ -232,9 +233,9 @@ def _moved(processor: Any, pads: int, config: GenerationConfig) -> Any:
 
 
 def _stops(criteria: Sequence[Any]) -> tuple[set[int], Callable[[int, list[int]], bool] | None]:
-    """The end tokens among stopping criteria, and a function that asks the others; the length is the engine's matter."""
+    """The end tokens among stopping criteria, and a function that asks the others but for the length."""
     ends: set[int] = set()
-    others = []
+    others: list[Any] = []
     for each in criteria:
         if type(each).__name__ == "EosTokenCriteria":
             ends |= set(each.eos_token_id.flatten().tolist())

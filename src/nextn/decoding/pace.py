@@ -1,8 +1,8 @@
-"""How far to draft: step by step, whatever gives most tokens a second by what steps take here and what drafts bring now.
+"""How far to draft: step by step what gives most tokens a second, by what steps take here and drafts bring now.
 
-A step that reads d drafts a row gives E(d) = 1 + a_1 + a_1·a_2 + … tokens, a_i being the conditional acceptance of draft
-i, and takes as long as it took when it was measured: the verification of B·(1 + d) tokens and the drafting. d = 0 is a
-plain step. (Goodput, as in SmartSpec, Liu et al. 2024, arXiv:2406.14066, with times that are measured.)
+A step that reads d drafts a row gives E(d) = 1 + a_1 + a_1·a_2 + … tokens, a_i being the conditional acceptance of
+draft i, and takes as long as it took when it was measured: the verification of B·(1 + d) tokens and the drafting. d = 0
+is a plain step. (Goodput, as in SmartSpec, Liu et al. 2024, arXiv:2406.14066, with times that are measured.)
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Generation:
     drafted: for each of those, how many drafts after one another there were; 0 is a plain step.
     finish: `stop` (a stop token or a stopping criterion), `length`, `cancelled` or `error`.
     error: what went wrong; the tokens before it are right.
-    scores, logits: for each token what it was chosen by [V], after the processors and before; where they were asked for.
+    scores, logits: for each token what it was chosen by [V], after the processors and before; where asked for.
     """
 
     prompt: list[int]
@@ -137,7 +137,7 @@ class Row:
 
 @dataclass
 class Held:
-    """What a slot remembers of the text that was in it: the tokens in the cache, and what the drafter has seen of them."""
+    """What a slot remembers of the text that was in it: the tokens in the cache, what the drafter has seen of them."""
 
     text: list[int] = field(default_factory=list)
     read: int = 0

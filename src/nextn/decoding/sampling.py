@@ -34,8 +34,9 @@ _OF_SCORES = {
 # ... and those that look at the text before as well, but remember nothing.
 _OF_TEXT = {
     "MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "RepetitionPenaltyLogitsProcessor",
-    "NoRepeatNGramLogitsProcessor", "SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor", "ForcedBOSTokenLogitsProcessor",
-    "ForcedEOSTokenLogitsProcessor", "ExponentialDecayLengthPenalty", "SuppressTokensAtBeginLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor", "SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor",
+    "ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor", "ExponentialDecayLengthPenalty",
+    "SuppressTokensAtBeginLogitsProcessor",
 }  # fmt: skip
 # Those that know the rows of a batch by their number, and so serve one text only.
 _OF_ROWS = {
@@ -58,9 +59,9 @@ class Sampling:
     temperature: 0 takes the best token.
     top_k, top_p, min_p, repetition_penalty: as in transformers; 0, 1, 0 and 1 leave them out.
     seed: of the text. With several prompts and one `Sampling`, prompt i has seed + i.
-    processors: logits processors of transformers, in order. Each is called with the exact text before a token, for every
-        token of a draft. One that remembers what it saw must see each token once: there is no drafting then. An own
-        class that remembers nothing says so with an attribute `stateless = True`.
+    processors: logits processors of transformers, in order. Each is called with the exact text before a token, for
+        every token of a draft. One that remembers what it saw must see each token once: there is no drafting then. An
+        own class that remembers nothing says so with an attribute `stateless = True`.
     method: `coupled`: the same seed gives the same text with drafts and without. `rejection`: drafts stand with
         probability min(1, p/q) (Leviathan et al. 2023, arXiv:2211.17192); the same distribution, another text.
     sampled_drafts: with rejection, whether drafts are drawn from the heads' distribution, or are their best tokens.

@@ -1,8 +1,9 @@
 """Trees of drafts: several tokens for a place, verified in one forward (Medusa, arXiv:2401.10774; EAGLE-2, 2406.16858).
 
-Node 0 is the pending token. A tree is static (each node is the r-th best token after its parent) or grown by confidence
-(the most probable paths). With chance, "best" is meant after the noise by which the trunk draws too, which depends on the
-position alone; the path goes on where the trunk's own choice is a child. So any tree gives the text of plain decoding.
+Node 0 is the pending token. A tree is static (each node is the r-th best token after its parent) or grown by
+confidence (the most probable paths). With chance, "best" is meant after the noise by which the trunk draws too, which
+depends on the position alone; the path goes on where the trunk's own choice is a child. So any tree gives the text of
+plain decoding.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class TreeError(ValueError):
 class Tree:
     """The shape of a tree of drafts.
 
-    paths: for each node but the pending token its ranks from there, best = 0: (0,), (1,), (0, 0), …; None lets the heads
-        choose by confidence.
+    paths: for each node but the pending token its ranks from there, best = 0: (0,), (1,), (0, 0), …; None lets the
+        heads choose by confidence.
     nodes: T, the pending token included.
     beam: of a tree that grows by confidence, how many nodes of each depth have children at all.
 
@@ -81,7 +82,7 @@ class Tree:
                 path so far was right.
         """
         found: list[tuple[int, ...]] = []
-        border = {(rank,) for rank in range(len(shares[0]))} if shares else set()
+        border: set[tuple[int, ...]] = {(rank,) for rank in range(len(shares[0]))} if shares else set()
         while len(found) < nodes - 1 and border:
             best = max(border, key=lambda path: (_worth(path, shares), [-rank for rank in path]))
             border.remove(best)
@@ -130,15 +131,18 @@ class TreeGrowth:
 
     def __init__(self, tree: Tree, drafts: int, chances: Chances) -> None:
         self.tree, self.chances = tree, chances
-        self.levels = tree.depth or drafts
+        self.levels: int | None = tree.depth or drafts
         self.tokens: list[Tensor] = []  # [B, M] by level
         self.above: list[Tensor] = []  # [B, M]; index of the parent in the level above
         self.confidence: list[Tensor] = []  # [B, M]; log-probability of the path
         self.before: list[Tensor] = []  # [B, M, d]; the tokens of the path
+        self.beyond = torch.empty(0)  # [B, M, d]; the paths, for depths that are not asked for
         self.followed: Tensor | None = None  # [B, nodes, nodes], which drafts each draft so far follows
 
     def level(self, trunk: Trunk, output: Output, states: Tensor, depth: int, newest: Tensor) -> Level:
-        if depth > self.levels + 1:  # for modules that must see every position, though no draft of theirs is wanted
+        if (
+            self.levels is not None and depth > self.levels + 1
+        ):  # for modules that must see every position, though no draft of theirs is wanted
             self.beyond = torch.cat([self.beyond, self.beyond[..., -1:]], dim=2)
             return Level(self.beyond[:, :1])
         scores, ids = self.chances.scores(trunk, output, states, depth)

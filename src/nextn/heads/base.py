@@ -62,9 +62,9 @@ class Level:
 
 
 class Growth(Protocol):
-    """Which tokens are drafted: a chain, or a tree. Heads that need not see every position end after `levels` depths."""
+    """Which tokens are drafted: a chain, or a tree."""
 
-    levels: int | None  # None: all that the heads have
+    levels: int | None  # depths after which heads may end that need not see every position; None: all
 
     def level(self, trunk: Trunk, output: Output, states: Tensor, depth: int, newest: Tensor) -> Level:
         """Choose the tokens of one depth.
@@ -83,7 +83,7 @@ class Growth(Protocol):
 class Chain(ABC):
     """One token a depth."""
 
-    levels = None
+    levels: int | None = None
 
     def __init__(self) -> None:
         self.tokens: list[Tensor] = []
@@ -206,9 +206,9 @@ class Heads(nn.Module, ABC):
             rows: which rows of the caches these are [B]; None: all.
             growth: which tokens are drafted; default: at each depth the best one.
         """
-        growth = growth or BestTokens()
-        self._grow(trunk, window, caches, rows, growth)
-        return growth.drafts()
+        chosen: Growth = growth or BestTokens()
+        self._grow(trunk, window, caches, rows, chosen)
+        return chosen.drafts()
 
     def _last(self, growth: Growth) -> int:
         """The last depth k that is asked for."""

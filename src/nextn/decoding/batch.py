@@ -1,0 +1,446 @@
+"""Texts side by side: reading their prompts, drafting for all of them, and one trunk forward for what stands.
+
+Each row accepts its own number of drafts. Nothing here knows of waiting prompts or of how far to draft; see `engine`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from nextn.config import Tap
+from nextn.decoding.drafting import Asked, Drafter, Drafts, HeadDrafter
+from nextn.decoding.rows import DecodingError, Held, Row, Run, scores_of
+from nextn.decoding.sampling import DRAFT, RESIDUAL, STANDS, Sampling, gumbel, keys, uniform
+from nextn.decoding.tree import Chances, Tree
+from nextn.decoding.verify import (
+    Score,
+    ScoreTree,
+    Verify,
+    accept_by_rejection,
+    accept_greedy,
+    chosen,
+    follow,
+    only_standing,
+    standing,
+)
+from nextn.trunk import RaggedCache, Trunk, is_out_of_memory
+
+ROUND = 256  # more than any number of drafts: (position, draft) as one number
+
+
+@dataclass
+class Step:
+    """What a step brought to all rows.
+
+    run: the tokens after each state [B, W]; row b emits the first accepted + 1 of them.
+    tapped, positions: the states [B, W, D], and where they stand [B, W], -1 where they are not of the text.
+    scores, logits: of the tokens of `run` [B, W, V], where they are kept.
+    """
+
+    run: Tensor
+    accepted: Tensor
+    tapped: Tensor
+    positions: Tensor
+    scores: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class Batch:
+    """Rows of texts, each in its slot.
+
+    Attributes:
+        slots: the text in each slot; None where it is free.
+        pending: the newest token of each row [B], not yet read by the trunk.
+        lengths: how many tokens of each row the cache holds [B].
+        fresh: the last step, where the drafter has not seen its states yet.
+        verify, score: the step, `Verify` and `Score` or what they were compiled to.
+        padding: places of a plain step that hold no token; some machines are faster so.
+        seconds: time spent in `prefill`, `verify` (the trunk's forward and what stands of the drafts) and `draft`.
+    """
+
+    def __init__(
+        self, trunk: Trunk, drafter: Drafter | None, rows: int, tree: Tree | None, keep: bool, chunk: int
+    ) -> None:
+        self.trunk, self.drafter, self.rows = trunk, drafter, rows
+        self.tree, self.keep, self.chunk = tree, keep, chunk
+        self.n = 1 + (drafter.drafts if drafter else 0)
+        self.tap: Tap = drafter.tap if drafter else "post_norm"
+        self.padding = 0
+        self.verify: Callable[..., Any] = Verify(trunk, self.tap)
+        self.score: Callable[..., Any] = Score(trunk, self.tap)
+        self.score_tree = ScoreTree(trunk, self.tap)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.slots: list[Row | None] = []
+        self.keep_scores = False
+
+    def begin(self, rows: Sequence[Row], count: int, goes_on: bool = False) -> None:
+        """Make room for so many slots, and for the longest of the texts that are to come.
+
+        Args:
+            goes_on: keep what the slots hold, if there are as many.
+        """
+        device = self.trunk.device
+        room = max((len(row.result.prompt) + row.limit for row in rows), default=0)
+        # A tree lies behind the text, whatever its nodes' places in it.
+        room += 0 if self.tree is None else max(self.tree.nodes, self.tree.beam * self.n)
+        self.seconds = defaultdict(float)
+        self.fresh: Step | None = None
+        self._all_rows = torch.arange(count, device=device)
+        self.lengths = torch.zeros(count, dtype=torch.long, device=device)
+        self.pending = torch.zeros(count, dtype=torch.long, device=device)
+        goes_on = goes_on and len(self.slots) == count
+        interrupted, self.slots = self.slots, [None] * count
+        if not goes_on:
+            self.cache = RaggedCache(len(self.trunk.layers), count, room)
+            self._held = [Held() for _ in range(count)]  # by slot
+        else:
+            for slot, row in enumerate(interrupted):
+                if row is not None:
+                    self._held[slot] = Held()
+            if room > self.cache.capacity:
+                self.cache.grow(room)
+        if self.drafter:
+            self.drafter.begin(self.cache, keep=goes_on)
+
+    def leave(self, slot: int, row: Row) -> None:
+        """A row is done; its slot is free, and remembers what the cache holds of the text."""
+        if self.keep and self.drafter:
+            self.set_aside()
+        self.slots[slot] = None
+        self._held[slot] = Held(row.text[:-1], row.read, row.unread)
+        if row.result.finish == "error":  # what is not a number must not reach whoever comes next
+            self._held[slot] = Held()
+            self.cache.clear(slot)
+            if self.drafter:
+                self.drafter.forget(slot)
+
+    @contextmanager
+    def clock(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
+
+    # --- prefill ----------------------------------------------------------------------------------------------
+
+    def admit(self, waiting: deque[Row]) -> None:
+        """Read prompts into the free slots, and emit each row's first token."""
+        slots = []
+        free = [slot for slot, row in enumerate(self.slots) if row is None]
+        while free and waiting:
+            row = waiting.popleft()
+            slot = max(free, key=lambda slot: self._held[slot].alike(row.result.prompt))
+            free.remove(slot)
+            slots.append(slot)
+            self.slots[slot] = row
+            self._go_on(slot, row)
+        long = [slot for slot in slots if self._todo(slot) > self.chunk]
+        short = [slot for slot in slots if slot not in long]
+        for group in [*([slot] for slot in long), *([short] if short else [])]:
+            self._prefill(group, self.chunk)
+
+    def _prefill(self, slots: list[int], chunk: int) -> None:
+        """Read the prompts of some slots; where memory does not suffice, one by one and then in smaller parts."""
+        try:
+            self._first_tokens(slots, self._read(slots, chunk))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(slots) > 1:
+                for slot in slots:
+                    self._prefill([slot], chunk)
+            elif chunk > 8:
+                self._prefill(slots, chunk // 2)
+            else:
+                row = self.slots[slots[0]]
+                assert row is not None
+                row.fail(DecodingError(f"There is not enough memory for a prompt of {len(row.result.prompt)} tokens."))
+
+    def _read(self, slots: list[int], chunk: int) -> Tensor:
+        """The trunk over what is new of some prompts: the state after each one's last token [b, D].
+
+        Several prompts are read in one part; the states that the drafter reads are left in the rows.
+        """
+        rows = torch.tensor(slots, device=self.lengths.device)
+        members = [row for slot in slots if (row := self.slots[slot]) is not None]
+        unread = [list(row.unread) for row in members]
+        longest = max(self._todo(slot) for slot in slots)
+        chunk = longest if len(slots) > 1 else chunk
+        for begin in range(0, longest, chunk):
+            parts = [torch.tensor(row.result.prompt[row.held + begin :][:chunk], device=rows.device) for row in members]
+            counts = torch.tensor([len(part) for part in parts], device=rows.device)
+            ids = pad_sequence(parts, batch_first=True)
+            starts = torch.tensor([row.held + begin for row in members], device=rows.device)
+            places = torch.arange(ids.shape[1], device=rows.device)
+            positions = torch.where(places < counts[:, None], starts[:, None] + places, -1)
+            visible = self.cache.place(positions, rows)
+            hidden, tapped = self.trunk.run(ids, positions, visible, self.cache, self.tap)  # [b, T, D]
+            for so_far, states, part in zip(unread, tapped, parts, strict=True):
+                so_far.append(states[: len(part)])
+        for row, states in zip(members, unread, strict=True):
+            row.unread = states if self.drafter else []
+        return hidden[torch.arange(len(slots)), counts - 1]
+
+    def _first_tokens(self, slots: list[int], hidden: Tensor) -> None:
+        """Choose the token after each prompt, from the state of its last one [b, D]."""
+        members = [row for slot in slots if (row := self.slots[slot]) is not None]
+        logits = self.trunk.logits(hidden)[:, None]
+        at = torch.tensor([[row.length] for row in members], device=hidden.device)
+        targets, scores = self._choose(members, logits, at, [[[]]] * len(slots))
+        self.pending[slots], self.lengths[slots] = targets[:, 0], at[:, 0]
+        for place, (row, token) in enumerate(zip(members, targets[:, 0].tolist(), strict=True)):
+            if not row.result.finish:
+                row.emit(Run([token], [0], **self.kept(place, 1, scores, logits)))
+
+    def _todo(self, slot: int) -> int:
+        row = self.slots[slot]
+        return 0 if row is None else len(row.result.prompt) - row.held
+
+    def _go_on(self, slot: int, row: Row) -> None:
+        """A row takes over what its slot holds of its prompt."""
+        held, self._held[slot] = self._held[slot], Held()
+        if self.drafter is None:
+            held.read = len(held.text)
+        # Heads read the token after a state, distinct modules some more: what saw another text is made anew.
+        lookback = self.drafter.heads.lookback if isinstance(self.drafter, HeadDrafter) else 0
+        held.hand_over(row, back=1 + lookback if self.drafter else 0)
+        if self.drafter:
+            self.drafter.forget(slot, all_of_it=row.read == 0)
+
+    # --- what stands ------------------------------------------------------------------------------------------
+
+    def is_greedy(self) -> bool:
+        return not self.keep_scores and all(row is None or row.sampling.is_greedy for row in self.slots)
+
+    def verify_chain(self, drafts: Drafts, greedy: bool) -> Step:
+        tokens = drafts.tokens
+        padding = self.padding if not tokens.shape[1] else 0
+        padded = torch.nn.functional.pad(tokens, (0, padding), value=-1)
+        inputs = self.inputs(padded)
+        if greedy:
+            run, accepted, self.pending, self.lengths, tapped, positions = self.verify(*inputs)
+            return Step(run, accepted, tapped, positions)
+        logits, tapped, positions = self.score(*inputs)
+        logits, width = logits[:, : tokens.shape[1] + 1], tokens.shape[1] + 1
+        at = self.lengths[:, None] + 1 + torch.arange(width, device=tokens.device)
+        listed = tokens.tolist()
+        branches = [[row[:place] for place in range(width)] for row in listed]
+        run, scores = self._choose(self.slots, logits, at, branches)
+        accepted = accept_greedy(tokens, run)
+        by_rejection = [slot for slot, row in enumerate(self.slots) if row is not None and row.sampling.rejects]
+        if by_rejection and width > 1:
+            self._reject(by_rejection, drafts, scores, run, accepted)
+        positions, tapped = only_standing(positions[:, :width], accepted), tapped[:, :width]
+        self.pending, self.lengths = standing(run, accepted, self.lengths)
+        return Step(run, accepted, tapped, positions, scores, logits)
+
+    def _reject(self, slots: list[int], drafts: Drafts, scores: Tensor, run: Tensor, accepted: Tensor) -> None:
+        """Decide over the drafts of some rows by rejection; `run` [B, W] and `accepted` [B] are written."""
+        tokens, p = drafts.tokens[slots], scores[slots].softmax(dim=-1)
+        if drafts.drawn_from is None:
+            q = torch.zeros_like(p[:, :-1]).scatter(2, tokens.clamp(min=0)[..., None], 1.0)
+        else:
+            q = drafts.drawn_from[slots][:, : tokens.shape[1]]
+            usable = q.isfinite().all(dim=-1).long().cumprod(dim=1).bool()  # broken heads: no drafts
+            tokens = torch.where(usable, tokens, -1)
+            q = torch.where(usable[..., None], q, 0)
+        rounds = self._rounds(tokens.shape[1])[slots]
+        seeds = self._seeds()[slots]
+        for block in (False, True):
+            chosen_so = [i for i, slot in enumerate(slots) if self.slots[slot].sampling.block is block]  # type: ignore[union-attr]
+            if not chosen_so:
+                continue
+            numbers = uniform(keys(seeds, rounds, STANDS))
+            count, rest = accept_by_rejection(p[chosen_so], q[chosen_so], tokens[chosen_so], numbers[chosen_so], block)
+            vocabulary = torch.arange(rest.shape[-1], device=rest.device)
+            noise = gumbel(keys(seeds[chosen_so], rounds[chosen_so][:, :1], RESIDUAL)[:, 0], vocabulary)
+            bonus = chosen(rest.log() + noise)
+            those = [slots[i] for i in chosen_so]
+            run[those, :-1] = tokens[chosen_so]
+            run[those, count] = bonus
+            accepted[those] = count
+
+    def verify_tree(self, drafts: Drafts) -> Step:
+        assert drafts.shape is not None
+        parents, depths, sees = drafts.shape
+        tokens = torch.cat([self.pending[:, None], drafts.tokens], dim=1)
+        inputs = self.inputs(drafts.tokens)
+        logits, tapped, positions = self.score_tree(tokens, depths, sees, *inputs[2:])
+        paths = self._paths(tokens, sees) if any(row and row.sampling.reads_text for row in self.slots) else []
+        targets, scores = self._choose(self.slots, logits, self.lengths[:, None] + 1 + depths, paths)
+        accepted, path = follow(tokens, parents, depths, targets, self.n - 1)
+        steps = torch.arange(self.n, device=path.device)
+        path = torch.where(steps <= accepted[:, None], path, 0)
+        strays = ((path != steps) & (steps <= accepted[:, None]) & (inputs[3] > 0)[:, None])[:, 1:]
+        if bool(strays.any()):
+            aside, slots = self.cache.capacity, self.lengths[:, None]  # where nothing is moved: the spare slot
+            self.cache.move(
+                torch.where(strays, slots + path[:, 1:], aside), torch.where(strays, slots + steps[1:], aside)
+            )
+        run = targets.gather(1, path)
+        rows = torch.arange(len(path), device=path.device)[:, None]
+        positions = only_standing(positions[rows, path], accepted)
+        self.pending, self.lengths = standing(run, accepted, self.lengths)
+        kept = (scores[rows, path], logits[rows, path]) if self.keep_scores else (None, None)
+        return Step(run, accepted, tapped[rows, path], positions, *kept)
+
+    @staticmethod
+    def _paths(tokens: Tensor, sees: Tensor) -> list[list[list[int]]]:
+        """For each row and node of a tree the drafts up to it."""
+        listed, follows = tokens.tolist(), sees.tolist()
+        return [
+            [[token for token, on_path in zip(row[1:], path[1:], strict=True) if on_path] for path in paths]
+            for row, paths in zip(listed, follows, strict=True)
+        ]
+
+    def _choose(
+        self, rows: Sequence[Row | None], logits: Tensor, at: Tensor, branches: Sequence[Sequence[Sequence[int]]]
+    ) -> tuple[Tensor, Tensor]:
+        """The trunk's choices [B, W] from logits [B, W, V], and the scores that they were made by.
+
+        Args:
+            at: the places in the text of the tokens that are chosen [B, W].
+            branches: see `scores_of`.
+        """
+        scores = scores_of(rows, logits, branches)
+        drawing = [slot for slot, row in enumerate(rows) if row is not None and row.sampling.by_chance]
+        if not drawing:
+            return chosen(scores), scores
+        seeds = torch.tensor([row.seed if row else 0 for row in rows], device=at.device)
+        noisy = scores.clone() if self.keep_scores or len(drawing) < len(rows) else scores
+        noise = gumbel(keys(seeds[drawing], at[drawing]), torch.arange(scores.shape[-1], device=at.device))
+        noisy = noisy.index_add(0, torch.tensor(drawing, device=at.device), noise)
+        return chosen(noisy), scores
+
+    def inputs(self, drafts: Tensor) -> tuple:
+        """What `Verify` takes."""
+        ends = self._ends()
+        newest = max(row.length for row in self.slots if row is not None) + drafts.shape[1] - 1
+        seen = torch.arange(self.cache.reach(newest), device=ends.device)
+        return self.pending, drafts, self.lengths, ends, seen, self.cache.buffers
+
+    def _ends(self) -> Tensor:
+        """The first position of each row that is not needed any more [B]; 0 for a free row."""
+        ends = [0 if row is None else len(row.result.prompt) + row.limit for row in self.slots]
+        return torch.tensor(ends, device=self.lengths.device)
+
+    def kept(self, place: int, count: int, scores: Tensor | None, logits: Tensor | None) -> dict[str, Any]:
+        if not self.keep_scores or scores is None or logits is None:
+            return {}
+        return {"scores": list(scores[place, :count]), "logits": list(logits[place, :count].float())}
+
+    # --- drafts -----------------------------------------------------------------------------------------------
+
+    def propose(self, tree: Tree | None) -> Drafts:
+        """Drafts for all rows, from the states that the drafter has not seen yet: one step's, or those of many."""
+        assert self.drafter is not None
+        active = [slot for slot, row in enumerate(self.slots) if row is not None]
+        fresh = self.fresh
+        if fresh is not None and not any(row.unread for row in self.slots if row is not None):
+            # A text that broke off with logits that are no numbers leaves no token behind.
+            states = fresh.tapped, fresh.positions, fresh.run.clamp(min=0), fresh.accepted
+            drafts = self.drafter.propose(*states, self._all_rows, self._asked(tree, None))
+        else:
+            drafts = self._catch_up(active, tree)
+        self.fresh = None
+        for slot in active:
+            row = self.slots[slot]
+            assert row is not None
+            row.unread, row.read = [], row.length - 1
+        return drafts
+
+    def _catch_up(self, active: list[int], tree: Tree | None) -> Drafts:
+        """Drafts after plain steps or a prefill: each row brings as many states as it has."""
+        assert self.drafter is not None
+        self.set_aside()
+        for slot in active:  # what is very long goes ahead in parts
+            row = self.slots[slot]
+            assert row is not None
+            states = torch.cat(row.unread)
+            while len(states) > self.chunk:
+                self.drafter.propose(*self._window([slot], [states[: self.chunk]]), self._asked(tree, [slot]))
+                states, row.read = states[self.chunk :], row.read + self.chunk
+            row.unread = [states]
+        found = self.drafter.propose(
+            *self._window(active, [self.slots[slot].unread[0] for slot in active]),  # type: ignore[union-attr]
+            self._asked(tree, active),
+        )
+        if len(active) == len(self.slots):
+            return found
+        rows = torch.tensor(active, device=self._all_rows.device)
+
+        def spread(part: Tensor, idle: int) -> Tensor:
+            return part.new_full((len(self.slots), *part.shape[1:]), idle).index_copy(0, rows, part)
+
+        drawn, shape = found.drawn_from, found.shape
+        return Drafts(
+            spread(found.tokens, -1),
+            None if drawn is None else spread(drawn, 0),
+            None if shape is None else (spread(shape[0], 0), spread(shape[1], 0), spread(shape[2], 0)),
+        )
+
+    def _window(self, slots: list[int], states: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """States [t, D] of some rows as `Drafter.propose` takes them: padded to the longest."""
+        device = self._all_rows.device
+        counts = torch.tensor([len(each) for each in states], device=device)
+        members = [row for slot in slots if (row := self.slots[slot]) is not None]
+        starts = torch.tensor([row.read for row in members], device=device)
+        places = torch.arange(int(counts.max()), device=device)
+        following = pad_sequence(
+            [
+                torch.tensor(row.text[row.read + 1 : row.read + 1 + len(each)], device=device)
+                for row, each in zip(members, states, strict=True)
+            ],
+            batch_first=True,
+        )
+        positions = torch.where(places < counts[:, None], starts[:, None] + places, -1)
+        rows = torch.tensor(slots, device=device)
+        return pad_sequence(states, batch_first=True), positions, following, counts - 1, rows
+
+    def set_aside(self) -> None:
+        """The states of the last step go to their rows, for later."""
+        if self.fresh is None:
+            return
+        for slot, (row, count) in enumerate(zip(self.slots, self.fresh.accepted.tolist(), strict=True)):
+            # A row that came after that step has states of its own already.
+            if row is not None and row.read + sum(map(len, row.unread)) < row.length - 1:
+                row.unread.append(self.fresh.tapped[slot, : count + 1].clone())  # machine code may write there again
+        self.fresh = None
+
+    def _asked(self, tree: Tree | None, slots: list[int] | None) -> Asked:
+        """The kind of drafts that the samplings of some rows call for (None: of all slots)."""
+        rows = self.slots if slots is None else [self.slots[slot] for slot in slots]
+        drawing = [row is not None and row.sampling.by_chance for row in rows]
+        noisy = [row for row in rows if row is not None and _draws_drafts(row.sampling)]
+        if not any(drawing) or not noisy:
+            return Asked(tree=tree)
+        device = self._all_rows.device
+        temperatures = [row.sampling.draft_temperature if row and _draws_drafts(row.sampling) else 0.0 for row in rows]
+        seeds = self._seeds(rows)
+        at = torch.tensor([[row.length] if row else [0] for row in rows], device=device)
+        numbers = torch.arange(self.n - 1, device=device)
+        coupled = keys(seeds, at + numbers)
+        apart = keys(seeds, at * ROUND + numbers, DRAFT)
+        rejects = torch.tensor([bool(row and row.sampling.rejects) for row in rows], device=device)
+        chances = Chances(torch.tensor(temperatures, device=device), torch.where(rejects[:, None], apart, coupled))
+        return Asked(chances, drawn=bool(rejects.any()), tree=tree)
+
+    def _seeds(self, rows: Sequence[Row | None] | None = None) -> Tensor:
+        return torch.tensor([row.seed if row else 0 for row in rows or self.slots], device=self._all_rows.device)
+
+    def _rounds(self, drafts: int) -> Tensor:
+        """A number for each draft of this step of each row [B, drafts], which no other step has."""
+        at = torch.tensor([[row.length if row else 0] for row in self.slots], device=self._all_rows.device)
+        return at * ROUND + torch.arange(drafts, device=at.device)
+
+
+def _draws_drafts(sampling: Sampling) -> bool:
+    return sampling.by_chance and (not sampling.rejects or sampling.sampled_drafts)
