@@ -116,13 +116,13 @@ def main(
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile.")] = False,
 ) -> None:
-    taus = tau or [2.0, 2.5, 3.0]
+    taus = tau or [2.0, 2.8, 3.5]
     rows: list[dict[str, Any]] = []
     table = Table(title="tokens per second; step over the time to read the weights once", title_justify="left")
     for column in ("shape", "batch", "plain", *(f"τ {tau}" for tau in taus), "transformers", "step / weights"):
         table.add_column(column, justify="right")
     for name in shape or ["smollm2", "1b", "7b"]:
-        for many in batch or [1, 8, 32]:
+        for many in batch or [1, 8, 32, 128]:
             row = measure(name, many, taus, new_tokens, device, eager)
             rows.append(row)
             out.write_text(json.dumps({"rows": rows, "machine": machine()}, indent=2) + "\n")

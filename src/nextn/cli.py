@@ -260,25 +260,50 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What the user says.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
     heads: Annotated[int | None, typer.Option(help="1: the plain model alone. Default: all heads.")] = None,
+    temperature: Annotated[float, typer.Option(help="0: the best token each time.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Only the k most probable tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Only the most probable tokens of this share.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Only tokens of this share of the best one's probability.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: against what was said already.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text, with drafts and without.")] = 0,
+    tree: Annotated[Path | None, typer.Option(help="Read a tree of drafts (JSON), not a chain.")] = None,
+    depth: Annotated[
+        str, typer.Option(help="Drafts a step reads: a number, all, or auto (as far as it pays).")
+    ] = "auto",
     dtype: Annotated[DType, typer.Option(help="Dtype of trunk and heads.")] = "auto",
     compile: Compile = False,
 ) -> None:
     """Decode a prompt, streaming, and say what the drafts were worth."""
     from nextn.data import TextStream, checked_prompt
+    from nextn.decoding.sampling import Sampling
+    from nextn.decoding.tree import Tree
     from nextn.evaluation.acceptance import Acceptance
     from nextn.formats.native import open_for_decoding
 
-    engine, tokenizer = open_for_decoding(model, heads, dtype)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    if not (depth in ("auto", "all") or depth.isdigit()):
+        raise ValueError(f"--depth is {depth!r}; give a number, all or auto.")
+    drafting: dict[str, Any] = (
+        {}
+        if heads == 1
+        else {
+            "depth": {"auto": "auto", "all": None}[depth] if depth in ("auto", "all") else int(depth),
+            "tree": None if tree is None else Tree.read(tree),
+        }
+    )
+    engine, tokenizer = open_for_decoding(model, heads, dtype, **drafting)
     ids = checked_prompt(tokenizer, prompt)
     if compile:
-        engine.compile()
+        engine.compile(sampling=not sampling.is_greedy)
     text = TextStream(tokenizer)
 
     def stream(_index: int, tokens: list[int], _origins: list[int]) -> None:
         sys.stdout.write("".join(text.push(token) for token in tokens))
         sys.stdout.flush()
 
-    ((_, result),) = engine.generate([ids], max_new_tokens, stream)
+    ((_, result),) = engine.generate([ids], max_new_tokens, stream, sampling)
+    if result.error is not None:
+        raise ValueError(str(result.error))
     sys.stdout.write("\n")
     figures = Acceptance.of([result], engine.n)
     Console(stderr=True).print(f"[dim]{len(result.tokens)} tokens, τ {figures.tau:.2f}[/dim]")
@@ -363,11 +388,24 @@ def bench(
     replay: Annotated[
         str | None, typer.Option(help="Replay acceptances: a file of an earlier --json, or a τ such as 2.4.")
     ] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Rows, like 1,2,4,8: measure our engine over our own plain one at each.")
+    ] = None,
+    temperature: Annotated[str | None, typer.Option(help="With --batch: temperatures, like 0,0.7,1.")] = None,
+    method: Annotated[
+        Literal["coupled", "rejection", "block"], typer.Option(help="With --batch: how drafts are verified by chance.")
+    ] = "coupled",
+    tree: Annotated[
+        Path | None, typer.Option(help="With --batch: a tree of drafts (JSON), where it is faster.")
+    ] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile our engine.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots there.")] = None,
 ) -> None:
-    """Measure speed beside transformers, llama.cpp and vLLM, interleaved, with losslessness and a roofline."""
+    """Measure speed beside transformers, llama.cpp and vLLM, interleaved, with losslessness and a roofline.
+
+    With --batch or --temperature: our engine with heads, drafting as far as it pays, over our own plain one.
+    """
     from importlib.util import find_spec
 
     from nextn.evaluation.bench import Settings, conditions, tables
@@ -395,6 +433,9 @@ def bench(
         replay=replay,
         eager=eager,
     )
+    if batch is not None or temperature is not None:
+        _bench_batches(settings, batch or "1", temperature or "0", method, tree, json_file)
+        return
     found = run(settings, console)
     for table in tables(found):
         console.print(table)
@@ -405,6 +446,29 @@ def bench(
         from nextn.evaluation.page import page
 
         html.write_text(page(found, load_tokenizer(base_of(model))))
+
+
+def _bench_batches(
+    settings: Any, batch: str, temperature: str, method: str, tree: Path | None, json_file: Path | None
+) -> None:
+    """`nextn bench --batch`."""
+    from nextn.decoding.sampling import Sampling
+    from nextn.decoding.tree import Tree
+    from nextn.evaluation.batches import Sweep, conditions, numbers, sweep, table
+
+    varied = Sweep(
+        batches=numbers(batch, "--batch"),
+        temperatures=numbers(temperature, "--temperature", float),
+        method=Sampling(method="coupled" if method == "coupled" else "rejection", block=method == "block"),
+        tree=None if tree is None else Tree.read(tree),
+    )
+    if settings.gguf or settings.vllm_python or settings.replay:
+        raise ValueError("--batch measures our own engines only: leave --gguf, --vllm-python and --replay out.")
+    found = sweep(settings, varied, console)
+    console.print(table(found["rows"]))
+    console.print(f"[dim]{conditions(found)}[/dim]", highlight=False)
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=2) + "\n")
 
 
 @app.command()

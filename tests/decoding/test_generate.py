@@ -175,7 +175,7 @@ def test_a_turn_on_the_cache_of_the_last_gives_the_text_from_scratch(trained_mod
             text + out.sequences[row, -9:].tolist() + [11, 12, 13, 14][: 2 + turn] for row, text in enumerate(turns)
         ]
         if turn == 1:  # one user takes back what was said, the other tells something else
-            turns = [turns[0][:20] + [30, 31], turns[1][:3] + [40, 41, 42]]
+            turns = [[*turns[0][:20], 30, 31], [*turns[1][:3], 40, 41, 42]]
         given = padded(turns, "left")
 
 

@@ -207,17 +207,20 @@ def test_a_processor_that_remembers_sees_each_token_once(one_kind, caplog):
 def test_a_processor_is_called_with_the_exact_text(one_kind):
     class Recorder(tf.LogitsProcessor):
         stateless = True
-        seen: list[tuple[int, ...]] = []
+
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, ...]] = []
 
         def __call__(self, input_ids, scores):
             assert input_ids.shape[0] == scores.shape[0] == 1
             self.seen.append(tuple(input_ids[0].tolist()))
             return scores
 
-    ((_, result),) = one_kind.engine(stop_tokens=[]).generate([PROMPT], 20, sampling=Sampling(processors=(Recorder(),)))
+    recorder = Recorder()
+    ((_, result),) = one_kind.engine(stop_tokens=[]).generate([PROMPT], 20, sampling=Sampling(processors=(recorder,)))
     text = PROMPT + result.tokens
     for end in range(len(PROMPT), len(text)):
-        assert tuple(text[:end]) in Recorder.seen
+        assert tuple(text[:end]) in recorder.seen
 
 
 def test_the_scores_that_are_kept_are_those_that_chose(one_kind, prompts):

@@ -10,7 +10,7 @@ from nextn.trunk import Trunk
 
 
 def test_figures_of_known_steps():
-    generations = [Generation([1], accepted=[3, 0, 1]), Generation([1], accepted=[2])]
+    generations = [Generation([1], accepted=[3, 0, 1], drafted=[3, 3, 3]), Generation([1], accepted=[2], drafted=[3])]
     figures = Acceptance.of(generations, n=4)
     assert figures.steps == 4
     assert figures.tau == pytest.approx(1 + 6 / 4)

@@ -34,15 +34,17 @@ class Acceptance:
 
     @classmethod
     def of(cls, generations: Iterable[Generation], n: int) -> Acceptance:
-        """The figures of generations decoded with n - 1 drafts a step."""
-        accepted = [count for generation in generations for count in generation.accepted]
-        reached = [sum(count >= draft for count in accepted) for draft in range(n)]  # reached[0]: all steps
-        steps = len(accepted)
+        """The figures of generations decoded with at most n - 1 drafts a step; draft i counts where there was one."""
+        steps = [pair for each in generations for pair in zip(each.accepted, each.drafted, strict=True)]
+
+        def count(accepted: int, drafted: int) -> int:
+            return sum(a >= accepted and d >= drafted for a, d in steps)
+
         return cls(
-            steps=steps,
-            tau=1 + sum(accepted) / steps if steps else float("nan"),
-            conditional=[_share(reached[draft], reached[draft - 1]) for draft in range(1, n)],
-            cumulative=[_share(reached[draft], steps) for draft in range(1, n)],
+            steps=len(steps),
+            tau=1 + sum(a for a, _ in steps) / len(steps) if steps else float("nan"),
+            conditional=[_share(count(draft, draft), count(draft - 1, draft)) for draft in range(1, n)],
+            cumulative=[_share(count(draft, draft), count(0, draft)) for draft in range(1, n)],
         )
 
 

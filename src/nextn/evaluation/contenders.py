@@ -61,6 +61,7 @@ def nextn(
             "count": len(result.tokens),
             "tokens": result.tokens,
             "accepted": result.accepted,
+            "drafted": result.drafted,
             "origins": result.origins,
             "parts": dict(engine.seconds),
         }

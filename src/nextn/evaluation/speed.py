@@ -260,7 +260,7 @@ def roofline(
 def generations(timings: Sequence[Timing], prompts: Sequence[Prompt]) -> list[Generation]:
     """What our engine answered, as the engine gives it."""
     return [
-        Generation(prompt.ids, timing.answer["tokens"], timing.answer["origins"], timing.answer["accepted"])
+        Generation(prompt.ids, *(timing.answer[name] for name in ("tokens", "origins", "accepted", "drafted")))
         for prompt, timing in zip(prompts, timings, strict=True)
     ]
 

@@ -306,7 +306,7 @@ def _check_fit(stated: dict[str, Any], base: PreTrainedModel) -> None:
 
 
 def open_for_decoding(
-    name: str, heads: int | None = None, dtype: str = "auto", rows: int = 1
+    name: str, heads: int | None = None, dtype: str = "auto", rows: int = 1, **settings: Any
 ) -> tuple[Engine, PreTrainedTokenizerBase]:
     """An engine and its tokenizer, from a directory with heads or, with heads=1, from any causal model.
 
@@ -314,6 +314,7 @@ def open_for_decoding(
         heads: None for all heads, 1 for the plain model alone.
         dtype: `auto` (as stored), `float32` or `bfloat16`.
         rows: how many prompts are decoded side by side.
+        settings: `depth` and `tree` of `Engine`, where there are heads.
     """
     wanted = None if dtype == "auto" else named_dtype(dtype)
     if heads not in (None, 1):
@@ -324,7 +325,7 @@ def open_for_decoding(
         engine = Engine(Trunk(base), None, rows, end_tokens(base))
     else:
         model = load(name, dtype=wanted)
-        engine, plain = model.engine(rows), model.base.config._name_or_path
+        engine, plain = model.engine(rows, **settings), model.base.config._name_or_path
     tokenizer = load_tokenizer(plain)
     if heads != 1:
         check_tokenizer(name, tokenizer)

@@ -1,0 +1,282 @@
+"""`nextn bench --batch … --temperature …`: our engine with heads over our own plain one, side by side, paired."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from nextn.decoding.engine import Engine, Generation
+from nextn.decoding.pace import TREE
+from nextn.decoding.sampling import Sampling
+from nextn.decoding.tree import Tree
+from nextn.evaluation.acceptance import DEFINITIONS, Acceptance
+from nextn.evaluation.bench import Settings, read
+from nextn.evaluation.report import acceptance_json, machine, narrow_table
+from nextn.evaluation.roofline import bound, measure_machine, step_cost
+from nextn.evaluation.speed import Prompt
+from nextn.formats.native import base_of, load, named_dtype
+
+WARM_UP = 16  # tokens a text of the run that is not counted
+
+
+@dataclass
+class Sweep:
+    """What is varied.
+
+    batches: rows; temperatures: 0 is greedy.
+    method: how drafts are verified where tokens are drawn, see `Sampling`.
+    groups: so many different batches of each category at batch 1; fewer at larger ones, but one.
+    tree: read a tree of drafts where that is faster.
+    """
+
+    batches: list[int]
+    temperatures: list[float] = field(default_factory=lambda: [0.0])
+    method: Sampling = field(default_factory=Sampling)
+    groups: int = 4
+    tree: Tree | None = None
+
+
+@dataclass
+class Pair:
+    """One batch of prompts, answered by both: tokens and seconds of each, and what the drafts did."""
+
+    category: str
+    tokens: tuple[int, int]
+    seconds: tuple[float, float]
+    results: list[Generation]
+    alike: int
+    steps: dict[int, int]
+
+    @property
+    def ratio(self) -> float:
+        (ours, plain), (fast, slow) = self.tokens, self.seconds
+        return (ours / fast) / (plain / slow)
+
+
+def sweep(settings: Settings, varied: Sweep, console: Console) -> dict[str, Any]:
+    """Measure, and return what `nextn bench --batch … --json` writes.
+
+    Raises:
+        BenchError: where no prompt fits.
+    """
+    model = load(settings.model, dtype=named_dtype(settings.dtype)).eval()
+    by_category: dict[str, list[Prompt]] = {}
+    for prompt in read(settings, base_of(settings.model), console):
+        by_category.setdefault(prompt.category, []).append(prompt)
+    rows, limits = [], None
+    for batch in varied.batches:
+        engines = (
+            model.engine(batch, stop_tokens=[], depth="auto", tree=varied.tree),
+            model.engine(batch, heads=1, stop_tokens=[]),
+        )
+        if not settings.eager:
+            for engine in engines:
+                engine.compile(sampling=any(varied.temperatures))
+        work = batches_of(by_category, batch, varied.groups)
+        for temperature in varied.temperatures:
+            pairs = race(engines, work, replace(varied.method, temperature=temperature), settings, console)
+            costs = [step_cost(engine) for engine in engines]
+            limits = limits or measure_machine(named_dtype(settings.dtype), costs[0]["weight_bytes"])
+            rows.append(figures(engines, pairs, batch, temperature, costs, limits))
+            console.print(table(rows[-1:]))
+    return {
+        "model": settings.model,
+        "n": model.multi_token.n,
+        "dtype": settings.dtype,
+        "new_tokens": settings.new_tokens,
+        "repeats": settings.repeats,
+        "method": varied.method.method,
+        "tree": None if varied.tree is None else {"paths": varied.tree.paths, "nodes": varied.tree.nodes},
+        "rows": rows,
+        "machine": machine() | (limits or {}),
+    }
+
+
+def batches_of(by_category: dict[str, list[Prompt]], batch: int, groups: int) -> list[tuple[str, list[list[int]]]]:
+    """Batches of prompts of one category each; where there are too few they come again."""
+    work = []
+    for category, prompts in by_category.items():
+        for group in range(max(1, groups // batch)):
+            chosen = [prompts[(group * batch + place) % len(prompts)].ids for place in range(batch)]
+            work.append((category, chosen))
+    return work
+
+
+def race(
+    engines: tuple[Engine, Engine],
+    work: Sequence[tuple[str, list[list[int]]]],
+    sampling: Sampling,
+    settings: Settings,
+    console: Console,
+) -> list[Pair]:
+    """Both engines on every batch of prompts, one after the other, each time in another order."""
+    for engine in engines:
+        list(engine.generate(work[0][1], WARM_UP, sampling=sampling))
+    shuffled, pairs = random.Random(0), []
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(
+            f"batch {engines[0].rows}, temperature {sampling.temperature:g}", total=settings.repeats * len(work)
+        )
+        for _ in range(settings.repeats):
+            for category, prompts in work:
+                pairs.append(_answer(engines, category, prompts, sampling, settings.new_tokens, shuffled))
+                bar.advance(task)
+    return pairs
+
+
+def _answer(
+    engines: tuple[Engine, Engine],
+    category: str,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    new: int,
+    shuffled: random.Random,
+) -> Pair:
+    seconds, found = [0.0, 0.0], [list[Generation](), list[Generation]()]
+    for place in shuffled.sample((0, 1), 2):
+        start = time.perf_counter()
+        results = dict(engines[place].generate(prompts, new, sampling=sampling))
+        seconds[place] = time.perf_counter() - start
+        found[place] = [results[index] for index in range(len(prompts))]
+    ours, plain = found
+    return Pair(
+        category=category,
+        tokens=(sum(len(each.tokens) for each in ours), sum(len(each.tokens) for each in plain)),
+        seconds=(seconds[0], seconds[1]),
+        results=ours,
+        alike=sum(a.tokens == b.tokens for a, b in zip(ours, plain, strict=True)),
+        steps=dict(engines[0].steps),
+    )
+
+
+def figures(
+    engines: tuple[Engine, Engine],
+    pairs: Sequence[Pair],
+    batch: int,
+    temperature: float,
+    costs: Sequence[dict[str, int]],
+    limits: dict[str, float],
+) -> dict[str, Any]:
+    """The figures of one batch size and temperature: overall, and the ratio by category."""
+    ours, plain = engines
+    categories = sorted({pair.category for pair in pairs})
+    steps: dict[int, int] = {}
+    for pair in pairs:
+        for drafts, count in pair.steps.items():
+            steps[drafts] = steps.get(drafts, 0) + count
+    acceptance = Acceptance.of([result for pair in pairs for result in pair.results], ours.n)
+    return {
+        "batch": batch,
+        "temperature": temperature,
+        "compiled": ours.code is not None and plain.code is not None,
+        "ratio": interval([pair.ratio for pair in pairs]),
+        "ratio_by_category": {
+            name: interval([pair.ratio for pair in pairs if pair.category == name]) for name in categories
+        },
+        "tokens_per_second": {
+            name: sum(pair.tokens[place] for pair in pairs) / sum(pair.seconds[place] for pair in pairs)
+            for place, name in enumerate(("nextn", "plain"))
+        },
+        "steps_by_drafts": {
+            "tree" if drafts == TREE else str(drafts): count for drafts, count in sorted(steps.items())
+        },
+        **acceptance_json(acceptance),
+        "texts": sum(len(pair.results) for pair in pairs),
+        "texts_as_plain": sum(pair.alike for pair in pairs),
+        "profile": None if ours.pace.profile is None else vars(ours.pace.profile),
+        "roofline": roofline(costs, limits, batch, ours.n, acceptance.tau),
+    }
+
+
+def interval(ratios: Sequence[float], draws: int = 2000) -> dict[str, float | None]:
+    """The median of paired ratios, with a 95% bootstrap interval."""
+    values = np.array(ratios)
+    drawn = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
+    low, high = np.percentile(np.median(values[drawn], axis=1), [2.5, 97.5])
+    few = len(values) == 1
+    return {
+        "value": float(np.median(values)),
+        "low": None if few else float(low),
+        "high": None if few else float(high),
+    }
+
+
+def roofline(
+    costs: Sequence[dict[str, int]], limits: dict[str, float], batch: int, n: int, tau: float
+) -> dict[str, float]:
+    """The least ms of a step of all rows with n - 1 drafts and of a plain one, after 128 tokens; their best ratio."""
+    least = {}
+    for name, cost in zip(("drafting", "plain"), costs, strict=True):
+        whole = cost | {
+            "operations": cost["operations"] * batch,
+            "cache_bytes_per_position": cost["cache_bytes_per_position"] * batch,
+        }
+        found = bound(whole, limits, 128)
+        least[name] = 1e3 * max(found["by_bytes"], found["by_operations"])
+    return {f"{name}_ms": ms for name, ms in least.items()} | {
+        "best_ratio": tau * least["plain"] / least["drafting"],
+        "operations_a_byte": limits["rate"] / limits["bandwidth"],
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """What `nextn bench --batch …` prints."""
+    columns = ("batch", "T", "plain", "nextn", "over plain", "worst category", "τ", "drafts a step", "as plain")
+    shown = narrow_table("tokens a second, and nextn over our own plain (95%)", columns)
+    for row in rows:
+        worst = min(row["ratio_by_category"].items(), key=lambda item: item[1]["value"])
+        count = sum(row["steps_by_drafts"].values())
+        shares = [f"{drafts}: {steps / count:.0%}" for drafts, steps in row["steps_by_drafts"].items()]
+        shown.add_row(
+            str(row["batch"]),
+            f"{row['temperature']:g}",
+            *(f"{row['tokens_per_second'][name]:.0f}" for name in ("plain", "nextn")),
+            ratio_cell(row["ratio"]),
+            f"{worst[0]} {ratio_cell(worst[1])}",
+            "–" if row["tau"] is None else f"{row['tau']:.2f}",
+            " ".join(shares),
+            f"{row['texts_as_plain']}/{row['texts']}",
+        )
+    return shown
+
+
+def ratio_cell(found: dict[str, float | None]) -> str:
+    """`1.31 (1.20–1.42)`"""
+    return f"{found['value']:.2f}" + ("" if found["low"] is None else f" ({found['low']:.2f}–{found['high']:.2f})")
+
+
+def conditions(found: dict[str, Any]) -> str:
+    """Where and how the figures came about."""
+    here = found["machine"]
+    ways = sorted({"compiled" if row["compiled"] else "eager" for row in found["rows"]})
+    return (
+        f"{here['processor']}, {here['threads']} threads, {found['dtype']}, {found['new_tokens']} new tokens a text, "
+        f"{found['repeats']} repeats, interleaved; {' and '.join(ways)}. Ratios are medians of pairs. As plain: texts "
+        f"that are plain decoding's, token for token; with {found['method']} sampling. {DEFINITIONS}"
+    )
+
+
+def numbers(text: str, what: str, kind: type = int) -> list[Any]:
+    """`1,2,4` as a list.
+
+    Raises:
+        ValueError: for what is no list of numbers.
+    """
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{what} is {text!r}; give numbers with commas, like 1,2,4.") from None
+    if min(found) < (1 if kind is int else 0):
+        raise ValueError(f"{what} is {text!r}; batches are at least 1, temperatures at least 0.")
+    return found
