@@ -113,6 +113,17 @@ def tiny_base(trained_host, tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def tiny_heads(tiny_base, tmp_path_factory) -> Path:
+    """Untrained heads on `tiny_base`, saved."""
+    from nextn.formats.native import load_base, load_tokenizer, save
+
+    directory = tmp_path_factory.mktemp("heads")
+    model = nextn.attach(load_base(str(tiny_base)), nextn.MultiTokenConfig(n=4, heads="sequential", recurrent=True))
+    save(model, directory, load_tokenizer(str(tiny_base)))
+    return directory
+
+
 def made_up_text(rows: int, length: int, seed: int) -> torch.Tensor:
     """Sequences in which a token follows from the two before it, but for some noise: predictable in part."""
     follower = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))

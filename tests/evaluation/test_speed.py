@@ -111,17 +111,6 @@ def test_a_contender_that_dies_is_named():
     never_started.stop()
 
 
-@pytest.fixture(scope="module")
-def tiny_heads(tiny_base, trained_host, tmp_path_factory):
-    import nextn
-    from nextn.formats.native import load_base, load_tokenizer, save
-
-    directory = tmp_path_factory.mktemp("heads")
-    model = nextn.attach(load_base(str(tiny_base)), nextn.MultiTokenConfig(n=4, heads="sequential", recurrent=True))
-    save(model, directory, load_tokenizer(str(tiny_base)))
-    return directory
-
-
 @pytest.mark.parametrize("replay", [None, "2.4"])
 def test_the_verb(tiny_heads, tmp_path, replay):
     prompts = tmp_path / "prompts.jsonl"

@@ -38,8 +38,10 @@ def step_cost(engine: Engine) -> dict[str, int]:
         # All states of a step go through the heads once; a recurrent module sees its own states after that.
         draft_operations = 2 * (own * (width + (heads.n - 2) * heads.recurrent) + table * (heads.n - 1))
     size = trunk.unembedding.weight.element_size()
-    caches = [engine.cache, *(engine.drafter.caches if isinstance(engine.drafter, HeadDrafter) else [])]
-    pairs = [pair for cache in caches for pair in cache.buffers]
+    pairs = engine.cache.buffers
+    for cache in engine.drafter.caches if isinstance(engine.drafter, HeadDrafter) else []:
+        # Where there were plain steps only, there is none yet; it will be like the trunk's last.
+        pairs = pairs + (cache.buffers if cache.is_filled else engine.cache.buffers[-1:])
     layer_bytes = [sum(part.shape[1] * part.shape[3] * part.element_size() for part in pair) for pair in pairs]
     return {
         "weight_bytes": (weights + draft_weights) * size,
