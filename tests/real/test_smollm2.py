@@ -97,6 +97,28 @@ def test_the_demo_writes_what_it_says(tmp_path):
     assert "unexplained" in result.output and "Cumulative" in result.output
 
 
+def test_a_seed_gives_one_text_whatever_drafts_and_mates(directory, tokenizer):
+    model = nextn.load(shipped_heads(), base=load_base(directory, torch.float32))
+    prompts = [prompt_ids(tokenizer, question) for question in QUESTIONS]
+    sampling = nextn.Sampling(temperature=0.8, top_p=0.95, repetition_penalty=1.1, seed=4)
+    plain = dict(model.engine(rows=2, heads=1).generate(prompts, 24, sampling=sampling))
+    for tree in (None, nextn.Tree(nodes=6, beam=3)):
+        found = dict(model.engine(rows=1, tree=tree).generate(prompts, 24, sampling=sampling))
+        assert [found[row].tokens for row in range(2)] == [plain[row].tokens for row in range(2)]
+        assert any(count for result in found.values() for count in result.accepted)
+
+
+@pytest.mark.slow
+def test_thousands_of_drawn_tokens_are_plain_decodings(directory, real_prompts):
+    model = nextn.load(shipped_heads(), base=load_base(directory, torch.float32))
+    sampling, prompts = nextn.Sampling(temperature=1.0, top_p=0.95, seed=1), real_prompts[:48]
+    plain = dict(model.engine(rows=16, heads=1, stop_tokens=[]).generate(prompts, 64, sampling=sampling))
+    drafted = dict(model.engine(rows=7, stop_tokens=[]).generate(prompts, 64, sampling=sampling))
+    alike = sum(drafted[row].tokens == plain[row].tokens for row in range(48))
+    print(f"{alike} of 48 texts of 64 tokens alike")
+    assert alike >= 47  # in float32 a near tie is one token in some ten thousand
+
+
 @pytest.mark.slow
 def test_twenty_real_prompts_sequential(shipped, real_prompts):
     found = measure(shipped, real_prompts[:20], 24)
