@@ -104,6 +104,15 @@ def make_tokenizer() -> tf.PreTrainedTokenizerFast:
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def profiles_apart(tmp_path_factory):
+    """What steps of tiny models take beside other work is not kept for anybody."""
+    with pytest.MonkeyPatch.context() as patch:
+        directory = tmp_path_factory.mktemp("profiles")
+        patch.setattr("nextn.decoding.engine.cache_directory", lambda: directory)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_base(trained_host, tmp_path_factory) -> Path:
     """A trained tiny host and its tokenizer, saved as a base model that the command line can name."""

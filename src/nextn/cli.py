@@ -281,6 +281,8 @@ def generate(
     from nextn.formats.native import open_for_decoding
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    if heads == 1 and tree is not None:
+        raise ValueError("--heads 1 is the plain model, which reads no tree: leave --tree out.")
     if not (depth in ("auto", "all") or depth.isdigit()):
         raise ValueError(f"--depth is {depth!r}; give a number, all or auto.")
     drafting: dict[str, Any] = (
@@ -433,7 +435,13 @@ def bench(
         replay=replay,
         eager=eager,
     )
+    if batch is None and temperature is None and (tree is not None or method != "coupled"):
+        raise ValueError("--tree and --method go with --batch or --temperature.")
     if batch is not None or temperature is not None:
+        if html is not None:
+            raise ValueError("The page is of a bench beside other engines: leave --html or --batch out.")
+        if tree is not None and method != "coupled":
+            raise ValueError("A tree is verified by coupled sampling: leave --tree or --method out.")
         _bench_batches(settings, batch or "1", temperature or "0", method, tree, json_file)
         return
     found = run(settings, console)

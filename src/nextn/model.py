@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
@@ -57,7 +57,7 @@ class MultiTokenModel(PreTrainedModel):
     """Trunk and heads. Made by `nextn.attach` and `nextn.load`.
 
     `model(input_ids, labels=...)` gives the loss of the design under any trainer; `model.generate(...)` decodes with
-    the heads as drafter and gives the text that the base model alone would give (greedy).
+    the heads as drafter and gives the text that the base model alone would give.
     """
 
     _supports_sdpa = True
@@ -301,7 +301,7 @@ class MultiTokenModel(PreTrainedModel):
         stops = end_tokens(self.base) if stop_tokens is None else stop_tokens
         engine = Engine(self.trunk, drafter, rows, stops, **settings)
         if engine.depth == "auto":
-            engine.pace = self._paces.setdefault((rows, engine.tree), engine.pace)
+            engine.pace = self._paces.setdefault((rows, engine.tree, None), engine.pace)
         return engine
 
     def generate(  # type: ignore[override]
@@ -348,8 +348,9 @@ class MultiTokenModel(PreTrainedModel):
             raise ValueError(f"heads is {heads}; give 1 for the plain model, or None for all heads.")
         if "inputs" in kwargs:
             input_ids = kwargs.pop("inputs")
-        if streamer is not None and input_ids is not None and len(input_ids) == 1:
-            streamer.put(input_ids.cpu())
+        if kwargs.get("stop_strings") and kwargs.get("tokenizer"):  # transformers keeps the tokenizer to itself
+            strings = StopStringCriteria(kwargs.pop("tokenizer"), kwargs.pop("stop_strings"))
+            kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or []), strings]
         ours = {
             "heads": self, "plain": heads == 1, "seed": seed, "sampling_method": sampling_method, "depth": depth,
             "tree": tree, "compile": compile, "token_streamer": streamer,
@@ -360,13 +361,22 @@ class MultiTokenModel(PreTrainedModel):
 
     def compiled(self, engine: Engine, heads: int | None, sampling: bool) -> Engine:
         """The engine with the machine code that these weights were compiled to, compiled now if need be."""
-        tensors = (*self.parameters(), *self.buffers())
-        weights = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        weights = self.fingerprint()
         asked = engine.rows, heads, engine.depth, sampling
         found = self._code.get(asked)
         if found is None or found[0] != weights:
             found = self._code[asked] = weights, engine.compile(sampling=sampling).code
-        return engine if found[1] is None else engine.use(found[1])
+        if found[1] is None:
+            return engine
+        engine.use(found[1])
+        if engine.depth == "auto":
+            engine.pace = self._paces.setdefault((engine.rows, engine.tree, found[1].depths), engine.pace)
+        return engine
+
+    def fingerprint(self) -> list[tuple[int, int]]:
+        """Changes with the weights, but for changes through `parameter.data`."""
+        tensors = (*self.parameters(), *self.buffers())
+        return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
     # --- saving -----------------------------------------------------------------------------------------------
 

@@ -521,9 +521,9 @@ class RaggedCache(Cache):
 
     @property
     def is_filled(self) -> bool:
-        """Whether something was written, so that there are buffers."""
-        first: Any = self.layers[0]
-        return first.is_initialized
+        """Whether every layer was written to, so that there are buffers."""
+        layers: list[Any] = self.layers
+        return all(layer.is_initialized for layer in layers)
 
     @property
     def buffers(self) -> list[tuple[Tensor, Tensor]]:
@@ -563,11 +563,13 @@ class RaggedCache(Cache):
             for buffer in pair:
                 buffer[rows, :, targets] = buffer[rows, :, sources]
 
-    def clear(self, row: int) -> None:
-        """Zero a row: what is not a number would spoil even what does not see it."""
-        for pair in self.buffers if self.is_filled else []:
-            for buffer in pair:
-                buffer[row].zero_()
+    def clear(self, row: int, start: int = 0) -> None:
+        """Zero a row from a slot on: what is not a number would spoil even what does not see it."""
+        layers: list[Any] = self.layers
+        for layer in layers:
+            if layer.is_initialized:
+                layer.keys[row, :, start:] = 0
+                layer.values[row, :, start:] = 0
 
     def grow(self, capacity: int) -> None:
         """Make room for more positions a row; what it holds stays."""

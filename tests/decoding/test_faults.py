@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import nextn
 from conftest import KINDS, fit, greedy_reference, made_up_text
+from nextn.decoding.drafting import Drafts, HeadDrafter
 from nextn.decoding.engine import Engine, PromptError
 from nextn.decoding.pace import Pace, Profile
 from nextn.decoding.rows import DecodingError
@@ -138,6 +140,56 @@ def test_out_of_memory_at_a_prompt_ends_that_text_only(model, plain, monkeypatch
     assert found[1].finish == "error" and "not enough memory for a prompt of 60 tokens" in str(found[1].error)
 
 
+def test_no_new_tokens_are_no_tokens(model, plain):
+    found = dict(model.engine(rows=2, stop_tokens=[]).generate(PROMPTS, [NEW, 0, NEW, NEW, 0, NEW]))
+    assert found[1].tokens == found[4].tokens == [] and found[1].finish == "length"
+    assert [found[index].tokens for index in (0, 2, 3, 5)] == [plain[index] for index in (0, 2, 3, 5)]
+
+
+def test_out_of_memory_in_the_heads_costs_drafts_only(model, plain, monkeypatch):
+    propose, calls = HeadDrafter.propose, []
+
+    def fails_at_first(self, hidden, *rest):
+        calls.append(hidden.shape)
+        if len(calls) < 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return propose(self, hidden, *rest)
+
+    monkeypatch.setattr(HeadDrafter, "propose", fails_at_first)
+    check(dict(model.engine(rows=3, stop_tokens=[]).generate(PROMPTS, NEW)), plain)
+    assert len(calls) > 6
+    logits, failed = Trunk.logits, []
+
+    def fails_once(self, hidden):
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logits(self, hidden)
+
+    monkeypatch.setattr(Trunk, "logits", fails_once)
+    check(dict(model.engine(rows=3, stop_tokens=[]).generate(PROMPTS, NEW)), plain)
+
+
+def test_a_draft_that_breaks_the_trunk_is_taken_back(trained_host, plain):
+    host = copy.deepcopy(trained_host)
+    poison = next(token for token in range(3, 60) if not any(token in text for text in [*PROMPTS, *plain]))
+    with torch.no_grad():
+        host.get_input_embeddings().weight[poison] = torch.nan
+
+    class Poisoner:
+        drafts, tap = 3, "post_norm"
+
+        def begin(self, cache, keep=False) -> None: ...
+
+        def forget(self, row, all_of_it=True) -> None: ...
+
+        def propose(self, hidden, positions, following, last, rows, asked) -> Drafts:
+            return Drafts(torch.full((len(rows), 3), poison))
+
+    found = dict(Engine(Trunk(host), Poisoner(), rows=3).generate(PROMPTS, NEW))
+    check(found, plain)
+
+
 def break_heads(model) -> None:
     with torch.no_grad():
         next(p for name, p in model.heads.named_parameters() if name.endswith("o_proj.weight")).fill_(torch.nan)
@@ -191,7 +243,7 @@ def test_texts_may_end_at_once(model, plain, rows):
         assert found[index].tokens == plain[index][:1] and found[index].finish == "stop"
     assert dict(engine.generate(PROMPTS, 1))[5].tokens == plain[5][:1]
     assert list(engine.generate([], NEW)) == []
-    for wrong, match in (((PROMPTS, 0), "at least 1"), (([[5], []], NEW), "empty"), (([[5, 99]], NEW), "vocabulary"),
+    for wrong, match in (((PROMPTS, -1), "at least 0"), (([[5], []], NEW), "empty"), (([[5, 99]], NEW), "vocabulary"),
                          ((PROMPTS, [3]), "one max_new_tokens")):  # fmt: skip
         with pytest.raises(PromptError, match=match):
             engine.generate(*wrong)
@@ -233,11 +285,12 @@ def run_schedule(model, plain, data) -> None:
         place: (data.draw(st.sampled_from(EVENTS)), data.draw(st.integers(1, NEW)))
         for place in data.draw(st.sets(st.integers(0, len(order) - 1), max_size=2))
     }
+    tree = data.draw(st.sampled_from([None, None, Tree(nodes=5, beam=2), Tree(((0,), (1,), (0, 0)))]), label="tree")
     engine = model.engine(
         rows=data.draw(st.integers(1, 4), label="rows"),
         stop_tokens=[],
-        depth=data.draw(st.sampled_from([None, "auto", 1, 2]), label="depth"),
-        tree=data.draw(st.sampled_from([None, None, Tree(nodes=5, beam=2), Tree(((0,), (1,), (0, 0)))]), label="tree"),
+        depth=data.draw(st.sampled_from([None, "auto"] if tree else [None, "auto", 1, 2]), label="depth"),
+        tree=tree,
         keep=data.draw(st.booleans(), label="keep"),
         chunk=data.draw(st.sampled_from([1024, 7]), label="chunk"),
     )
@@ -258,12 +311,17 @@ def run_schedule(model, plain, data) -> None:
         what, after = mishaps.get(index, ("", 0))
         return what == "stop" and len(text) - len(PROMPTS[order[index]]) >= after
 
+    drawn = data.draw(st.booleans(), label="drawn")
+    texts = drawn_texts(model) if drawn else plain
+    sampling = [replace(DRAWN, seed=each) if drawn else Sampling() for each in order]
     for _ in range(2):  # the second time on what the first one left behind
         emitted.clear()
-        found = dict(engine.generate([PROMPTS[each] for each in order], limits, on_tokens, stop=stop))
+        found = dict(
+            engine.generate([PROMPTS[each] for each in order], limits, on_tokens, stop=stop, sampling=sampling)
+        )
         assert len(found) == len(order)
         for index, each in enumerate(order):
-            result, expected = found[index], plain[each][: limits[index]]
+            result, expected = found[index], texts[each][: limits[index]]
             what, after = mishaps.get(index, ("", 0))
             if what in ("raise", "cancel"):
                 assert result.tokens == expected[: len(result.tokens)]
@@ -274,11 +332,22 @@ def run_schedule(model, plain, data) -> None:
             assert all(a <= d for a, d in zip(result.accepted, result.drafted, strict=True))
 
 
+DRAWN = Sampling(temperature=1.1, top_k=30, repetition_penalty=1.2)
+
+
+@functools.cache
+def drawn_texts(model) -> list[list[int]]:
+    """What the trunk alone draws, a seed for each prompt."""
+    sampling = [replace(DRAWN, seed=each) for each in range(len(PROMPTS))]
+    found = dict(model.engine(heads=1, stop_tokens=[]).generate(PROMPTS, NEW, sampling=sampling))
+    return [found[each].tokens for each in range(len(PROMPTS))]
+
+
 class Restless(Pace):
     """Drafts now more, now fewer tokens, by a plan."""
 
     plan = (3,)
 
-    def choose(self) -> int:
+    def choose(self, kind="greedy") -> int:
         self.plan = [*self.plan[1:], self.plan[0]]
         return -1 if self.tree is not None and self.plan[0] == 3 else self.plan[0]

@@ -159,7 +159,7 @@ def test_coupled_text_is_the_same_with_drafts_and_without_whatever_the_mates(tra
 
 
 def test_coupled_drafts_stand_as_often_as_their_law_lets_them(one_kind):
-    """Drafts share the trunk's noise: far more of them stand than of drafts drawn on their own."""
+    """Coupled or by rejection, about as many stand; drafts with noise of their own would stand far less often."""
     prompts = made_up_text(16, 12, seed=5).tolist()
     accepted = {}
     for way in WAYS:

@@ -5,11 +5,13 @@ Each row accepts its own number of drafts. Nothing here knows of waiting prompts
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +36,8 @@ from nextn.decoding.verify import (
 )
 from nextn.trunk import RaggedCache, Trunk, is_out_of_memory
 
+logger = logging.getLogger(__name__)
+
 ROUND = 256  # more than any number of drafts: (position, draft) as one number
 
 
@@ -41,11 +45,13 @@ ROUND = 256  # more than any number of drafts: (position, draft) as one number
 class Step:
     """What a step brought to all rows.
 
+    rows: the texts that it was a step of.
     run: the tokens after each state [B, W]; row b emits the first accepted + 1 of them.
     tapped, positions: the states [B, W, D], and where they stand [B, W], -1 where they are not of the text.
     scores, logits: of the tokens of `run` [B, W, V], where they are kept.
     """
 
+    rows: list[Row | None]
     run: Tensor
     accepted: Tensor
     tapped: Tensor
@@ -149,26 +155,18 @@ class Batch:
 
     def _prefill(self, slots: list[int], chunk: int) -> None:
         """Read the prompts of some slots; where memory does not suffice, one by one and then in smaller parts."""
-        try:
-            self._first_tokens(slots, self._read(slots, chunk))
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(slots) > 1:
-                for slot in slots:
-                    self._prefill([slot], chunk)
-            elif chunk > 8:
-                self._prefill(slots, chunk // 2)
-            else:
-                row = self.slots[slots[0]]
-                assert row is not None
-                row.fail(DecodingError(f"There is not enough memory for a prompt of {len(row.result.prompt)} tokens."))
+        if _fits(partial(self._read, slots, chunk)):
+            return
+        if len(slots) > 1:
+            for slot in slots:
+                self._prefill([slot], chunk)
+        elif chunk > 8:
+            self._prefill(slots, chunk // 2)
+        elif (row := self.slots[slots[0]]) is not None:
+            row.fail(DecodingError(f"There is not enough memory for a prompt of {len(row.result.prompt)} tokens."))
 
-    def _read(self, slots: list[int], chunk: int) -> Tensor:
-        """The trunk over what is new of some prompts: the state after each one's last token [b, D].
-
-        Several prompts are read in one part; the states that the drafter reads are left in the rows.
-        """
+    def _read(self, slots: list[int], chunk: int) -> bool:
+        """The trunk over what is new of some prompts, several ones in one part; emits the tokens after them."""
         rows = torch.tensor(slots, device=self.lengths.device)
         members = [row for slot in slots if (row := self.slots[slot]) is not None]
         unread = [list(row.unread) for row in members]
@@ -185,9 +183,10 @@ class Batch:
             hidden, tapped = self.trunk.run(ids, positions, visible, self.cache, self.tap)  # [b, T, D]
             for so_far, states, part in zip(unread, tapped, parts, strict=True):
                 so_far.append(states[: len(part)])
+        self._first_tokens(slots, hidden[torch.arange(len(slots)), counts - 1])
         for row, states in zip(members, unread, strict=True):
             row.unread = states if self.drafter else []
-        return hidden[torch.arange(len(slots)), counts - 1]
+        return True
 
     def _first_tokens(self, slots: list[int], hidden: Tensor) -> None:
         """Choose the token after each prompt, from the state of its last one [b, D]."""
@@ -227,12 +226,13 @@ class Batch:
         inputs = self.inputs(padded)
         if greedy:
             run, accepted, self.pending, self.lengths, tapped, positions = self.verify(*inputs)
-            return Step(run, accepted, tapped, positions)
+            return Step(list(self.slots), run, accepted, tapped, positions)
         logits, tapped, positions = self.score(*inputs)
         logits, width = logits[:, : tokens.shape[1] + 1], tokens.shape[1] + 1
         at = self.lengths[:, None] + 1 + torch.arange(width, device=tokens.device)
-        listed = tokens.tolist()
-        branches = [[row[:place] for place in range(width)] for row in listed]
+        branches: list[list[list[int]]] = []
+        if any(row is not None and row.sampling.reads_text for row in self.slots):
+            branches = [[row[:place] for place in range(width)] for row in tokens.tolist()]
         run, scores = self._choose(self.slots, logits, at, branches)
         accepted = accept_greedy(tokens, run)
         by_rejection = [slot for slot, row in enumerate(self.slots) if row is not None and row.sampling.rejects]
@@ -240,7 +240,7 @@ class Batch:
             self._reject(by_rejection, drafts, scores, run, accepted)
         positions, tapped = only_standing(positions[:, :width], accepted), tapped[:, :width]
         self.pending, self.lengths = standing(run, accepted, self.lengths)
-        return Step(run, accepted, tapped, positions, scores, logits)
+        return Step(list(self.slots), run, accepted, tapped, positions, scores, logits)
 
     def _reject(self, slots: list[int], drafts: Drafts, scores: Tensor, run: Tensor, accepted: Tensor) -> None:
         """Decide over the drafts of some rows by rejection; `run` [B, W] and `accepted` [B] are written."""
@@ -290,7 +290,7 @@ class Batch:
         positions = only_standing(positions[rows, path], accepted)
         self.pending, self.lengths = standing(run, accepted, self.lengths)
         kept = (scores[rows, path], logits[rows, path]) if self.keep_scores else (None, None)
-        return Step(run, accepted, tapped[rows, path], positions, *kept)
+        return Step(list(self.slots), run, accepted, tapped[rows, path], positions, *kept)
 
     @staticmethod
     def _paths(tokens: Tensor, sees: Tensor) -> list[list[list[int]]]:
@@ -311,14 +311,20 @@ class Batch:
             branches: see `scores_of`.
         """
         scores = scores_of(rows, logits, branches)
-        drawing = [slot for slot, row in enumerate(rows) if row is not None and row.sampling.by_chance]
-        if not drawing:
+        # What rejection decides over the drafts of needs no noise here.
+        drawing = [
+            row is not None and row.sampling.by_chance and not (row.sampling.rejects and at.shape[1] > 1)
+            for row in rows
+        ]
+        if not any(drawing):
             return chosen(scores), scores
         seeds = torch.tensor([row.seed if row else 0 for row in rows], device=at.device)
-        noisy = scores.clone() if self.keep_scores or len(drawing) < len(rows) else scores
-        noise = gumbel(keys(seeds[drawing], at[drawing]), torch.arange(scores.shape[-1], device=at.device))
-        noisy = noisy.index_add(0, torch.tensor(drawing, device=at.device), noise)
-        return chosen(noisy), scores
+        # Noise lies between -2.9 and 22.2: nothing that is further behind the best token can win.
+        likely = scores > scores.amax(dim=-1, keepdim=True) - 25.2
+        likely &= torch.tensor(drawing, device=at.device)[:, None, None]
+        row, place, token = likely.nonzero(as_tuple=True)
+        noise = gumbel(keys(seeds, at)[row, place], token[:, None])[:, 0]
+        return chosen(scores.index_put((row, place, token), noise, accumulate=True)), scores
 
     def inputs(self, drafts: Tensor) -> tuple:
         """What `Verify` takes."""
@@ -335,44 +341,63 @@ class Batch:
     def kept(self, place: int, count: int, scores: Tensor | None, logits: Tensor | None) -> dict[str, Any]:
         if not self.keep_scores or scores is None or logits is None:
             return {}
-        return {"scores": list(scores[place, :count]), "logits": list(logits[place, :count].float())}
+        # Machine code may write there again.
+        return {"scores": list(scores[place, :count].clone()), "logits": list(logits[place, :count].float().clone())}
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the drafter has yet to see the last step alone."""
+        return self.fresh is not None and not any(row.unread for row in self.slots if row is not None)
 
     # --- drafts -----------------------------------------------------------------------------------------------
 
     def propose(self, tree: Tree | None) -> Drafts:
-        """Drafts for all rows, from the states that the drafter has not seen yet: one step's, or those of many."""
+        """Drafts for all rows, from the states that the drafter has not seen yet: one step's, or those of many.
+
+        Without memory for that, in smaller parts, and at last without drafts: what the drafter did not see costs
+        acceptance only.
+        """
         assert self.drafter is not None
         active = [slot for slot, row in enumerate(self.slots) if row is not None]
-        fresh = self.fresh
-        if fresh is not None and not any(row.unread for row in self.slots if row is not None):
+        if self.fresh is not None and self.is_fresh:
             # A text that broke off with logits that are no numbers leaves no token behind.
-            states = fresh.tapped, fresh.positions, fresh.run.clamp(min=0), fresh.accepted
-            drafts = self.drafter.propose(*states, self._all_rows, self._asked(tree, None))
+            states = self.fresh.tapped, self.fresh.positions, self.fresh.run.clamp(min=0), self.fresh.accepted
+            drafts = _fits(partial(self.drafter.propose, *states, self._all_rows, self._asked(tree, None)))
         else:
-            drafts = self._catch_up(active, tree)
+            self.set_aside()
+            chunks = (self.chunk, max(8, self.chunk // 16))
+            found = (_fits(partial(self._draft_after, active, chunk, tree)) for chunk in chunks)
+            first = next((each for each in found if each is not None), None)
+            drafts = None if first is None else self._spread(first, active)
         self.fresh = None
         for slot in active:
             row = self.slots[slot]
             assert row is not None
             row.unread, row.read = [], row.length - 1
+        if drafts is None:
+            logger.warning("There is not enough memory for the heads to read the texts: no drafts for now.")
+            return Drafts(self.pending.new_full((len(self.slots), self.n - 1), -1))
         return drafts
 
-    def _catch_up(self, active: list[int], tree: Tree | None) -> Drafts:
-        """Drafts after plain steps or a prefill: each row brings as many states as it has."""
+    def _draft_after(self, active: list[int], chunk: int, tree: Tree | None) -> Drafts:
+        """Drafts of some rows; what is long goes ahead, row by row and in parts, so that others need not be padded."""
         assert self.drafter is not None
-        self.set_aside()
-        for slot in active:  # what is very long goes ahead in parts
-            row = self.slots[slot]
-            assert row is not None
-            states = torch.cat(row.unread)
-            while len(states) > self.chunk:
-                self.drafter.propose(*self._window([slot], [states[: self.chunk]]), self._asked(tree, [slot]))
-                states, row.read = states[self.chunk :], row.read + self.chunk
-            row.unread = [states]
-        found = self.drafter.propose(
-            *self._window(active, [self.slots[slot].unread[0] for slot in active]),  # type: ignore[union-attr]
-            self._asked(tree, active),
+        members = [(slot, row) for slot in active if (row := self.slots[slot]) is not None]
+        for _, row in members:
+            row.unread = [torch.cat(row.unread)]
+        lengths = [len(row.unread[0]) for _, row in members]
+        part = chunk if 2 * sum(lengths) > max(lengths) * len(lengths) else min(chunk, 2 * min(lengths) + 16)
+        for slot, row in members:
+            while len(states := row.unread[0]) > part:
+                ahead = min(chunk, len(states) - 1)
+                self.drafter.propose(*self._window([slot], [states[:ahead]]), self._asked(tree, [slot]))
+                row.unread, row.read = [states[ahead:]], row.read + ahead
+        return self.drafter.propose(
+            *self._window(active, [row.unread[0] for _, row in members]), self._asked(tree, active)
         )
+
+    def _spread(self, found: Drafts, active: list[int]) -> Drafts:
+        """Drafts of some rows as drafts of all slots."""
         if len(active) == len(self.slots):
             return found
         rows = torch.tensor(active, device=self._all_rows.device)
@@ -409,10 +434,10 @@ class Batch:
         """The states of the last step go to their rows, for later."""
         if self.fresh is None:
             return
+        tapped = self.fresh.tapped.clone()  # machine code may write there again
         for slot, (row, count) in enumerate(zip(self.slots, self.fresh.accepted.tolist(), strict=True)):
-            # A row that came after that step has states of its own already.
-            if row is not None and row.read + sum(map(len, row.unread)) < row.length - 1:
-                row.unread.append(self.fresh.tapped[slot, : count + 1].clone())  # machine code may write there again
+            if row is not None and row is self.fresh.rows[slot]:  # another one has states of its own already
+                row.unread.append(tapped[slot, : count + 1])
         self.fresh = None
 
     def _asked(self, tree: Tree | None, slots: list[int] | None) -> Asked:
@@ -440,6 +465,16 @@ class Batch:
         """A number for each draft of this step of each row [B, drafts], which no other step has."""
         at = torch.tensor([[row.length if row else 0] for row in self.slots], device=self._all_rows.device)
         return at * ROUND + torch.arange(drafts, device=at.device)
+
+
+def _fits(work: Callable[[], Any]) -> Any:
+    """What it gives, None for want of memory. What failed is let go of on return, so there is room to try again."""
+    try:
+        return work()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 def _draws_drafts(sampling: Sampling) -> bool:

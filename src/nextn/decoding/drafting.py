@@ -87,15 +87,14 @@ class NoisyTokens(Chain):
         self.drawn_from: list[Tensor] | None = [] if drawn else None  # [B, V] by draft
 
     def choose(self, trunk: Trunk, output: Output, state: Tensor, depth: int) -> Tensor:
-        scores, ids = self.chances.scores(trunk, output, state[:, None], depth)
+        scores, logits, ids = self.chances.scores(trunk, output, state[:, None], depth)
         token = ids.gather(2, best(scores)[..., None])[:, 0, 0]
         if self.drawn_from is not None:
-            logits, named = output.scores(trunk, state)
-            spread = self.chances.temperatures.clamp(min=1e-3)[:, None]  # a row without noise is not asked for q
-            q = (logits.float() / spread).softmax(dim=-1)
-            if named is not None:
-                q = q.new_zeros(len(q), trunk.vocab_size).scatter(1, named.expand_as(q), q)
-            self.drawn_from.append(q)
+            temperatures = self.chances.temperatures[:, None]
+            q = (logits[:, 0] / torch.where(temperatures > 0, temperatures, 1)).softmax(dim=-1)
+            whole = q.new_zeros(len(q), trunk.vocab_size).scatter(1, ids[:, 0], q)
+            best_alone = torch.zeros_like(whole).scatter(1, token[:, None], 1.0)
+            self.drawn_from.append(torch.where(temperatures > 0, whole, best_alone))
         return token
 
 
@@ -177,8 +176,9 @@ class HeadDrafter:
 
     def _is_warm(self, positions: Tensor) -> bool:
         """Whether there are caches, and a past for every row in use."""
-        warm = bool((self.has_past | (positions[:, 0] < 0)).all()) or not self.heads.lookback
-        return warm and all(cache.is_filled for cache in self.caches)
+        if not all(cache.is_filled for cache in self.caches):
+            return False
+        return not self.heads.lookback or bool((self.has_past | (positions[:, 0] < 0)).all())
 
     def step_inputs(
         self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, chances: Chances | None = None

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from torch import Tensor
 
 from nextn.config import cache_directory
 from nextn.decoding.batch import Batch, Step
@@ -107,7 +108,10 @@ class Engine(Batch):
         keep: bool = False,
         chunk: int = CHUNK,
     ) -> None:
-        super().__init__(trunk, drafter, rows, tree, keep, chunk)
+        for name, value in (("rows", rows), ("chunk", chunk)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        super().__init__(trunk, None if depth == 0 else drafter, rows, tree, keep, chunk)
         self.depth = _checked(depth, tree, self.n)
         self.stop_tokens = frozenset(stop_tokens)
         self.code: Code | None = None
@@ -127,7 +131,8 @@ class Engine(Batch):
         Args:
             progress: shown while something is compiled, which takes minutes once a machine; a function from a message
                 to a context, like `rich.console.Console.status`.
-            sampling: also what sampling and processors need.
+            sampling: also what sampling and processors need. Trees, and drafts that rejection must know the
+                probabilities of, run eagerly; with `auto` there is code for all drafts and for none.
 
         Returns:
             this engine. Where nothing can be compiled it says why in a warning (and in `why_eager`), and goes on
@@ -144,6 +149,7 @@ class Engine(Batch):
     def use(self, code: Code) -> Engine:
         """Run the step as machine code that an engine like this one was compiled to."""
         self.code, self.padding = code, code.padding
+        self.pace = Pace(self.n - 1, tree=self.pace.tree)  # what steps took so far is of no use
         self.verify, self.score = _by_width(code.verify, self.verify), _by_width(code.score, self.score)
         if isinstance(self.drafter, HeadDrafter):
             self.drafter.compiled, self.drafter.compiled_noisy = code.draft, code.noisy_draft
@@ -199,25 +205,31 @@ class Engine(Batch):
     def _compile_step(self, module: type[Score], drafts: int, padding: int, progress: Progress) -> Callable[..., Any]:
         return compiled(module(self.trunk, self.tap), self._example(drafts, padding), progress)
 
-    def _example(self, drafts: int, padding: int = 0) -> tuple[Any, ...]:
+    def _example(self, drafts: int, padding: int = 0, rows: int | None = None) -> tuple[Any, ...]:
         """Inputs of a step of all rows, as they stand after a prompt of middle length."""
+        count = rows or self.rows
         length = max(1, min(128, self.trunk.max_length // 2))
-        rows = [Row(index, Generation([0] * length), PADDING + self.n) for index in range(self.rows)]
-        self.begin(rows, self.rows)
-        self.admit(deque(rows))
-        tokens = torch.full((self.rows, drafts + padding), -1, device=self.trunk.device)
+        texts = [Row(index, Generation([0] * length), PADDING + self.n) for index in range(count)]
+        self.begin(texts, count)
+        self.admit(deque(texts))
+        tokens = torch.full((count, drafts + padding), -1, device=self.trunk.device)
         return self.inputs(tokens)
 
     # --- how far to draft -------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def measure(self) -> Profile:
-        """What steps take here, by how many drafts they read; measured once a machine, for `depth="auto"`."""
+    def measure(self, rows: int | None = None) -> Profile:
+        """What steps take here, by how many drafts they read; measured once a machine, for `depth="auto"`.
+
+        Args:
+            rows: how many there are; default: as the engine has.
+        """
+        rows = rows or self.rows
         widths = self.code.depths if self.code else range(self.n)
-        path = cache_directory() / "profiles" / f"{self._profile_name()}.json"
+        path = cache_directory() / "profiles" / f"{self._profile_name(rows)}.json"
         if (known := Profile.read(path)) is not None and set(known.verify) == set(widths):
             return known
-        self._example(0)  # rows to work with
+        self._example(0, rows=rows)
 
         def timed(step: Callable[[], Any]) -> float:
             step()
@@ -261,12 +273,16 @@ class Engine(Batch):
         profile.write(path)
         return profile
 
-    def _profile_name(self) -> str:
+    def _profile_name(self, rows: int) -> str:
         heads = self.drafter.heads if isinstance(self.drafter, HeadDrafter) else None
-        of_heads = heads and (type(heads).__name__, heads.n, sum(part.numel() for part in heads.parameters()))
+        of_heads = heads and (
+            type(heads).__name__,
+            heads.n,
+            [tuple(part.shape) for part in heads.state_dict().values()],
+        )
         parts = (
-            self.trunk.settings(), self.trunk.dtype, self.rows, of_heads, self.tree, bool(self.code), torch.__version__,
-            machine_name(self.trunk.device),
+            self.trunk.settings(), self.trunk.dtype, rows, of_heads, self.tree, self.code and self.code.depths,
+            torch.__version__, machine_name(self.trunk.device),
         )  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
@@ -301,6 +317,7 @@ class Engine(Batch):
             SamplingError: for sampling that cannot be.
         """
         rows = self._rows(prompts, max_new_tokens, sampling)
+        self._cancelled = set()
         for row in rows:
             row.on_tokens, row.stop = on_tokens, stop
         results = self._results(rows, keep_scores)
@@ -316,7 +333,7 @@ class Engine(Batch):
         max_new_tokens: int | Sequence[int],
         sampling: Sampling | Sequence[Sampling],
     ) -> list[Row]:
-        count = len(prompts)
+        prompts, count = [_token_ids(prompt) for prompt in prompts], len(prompts)
         limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else list(max_new_tokens)
         several = [sampling] * count if isinstance(sampling, Sampling) else list(sampling)
         seeds = [each.seed + place * isinstance(sampling, Sampling) for place, each in enumerate(several)]
@@ -356,29 +373,36 @@ class Engine(Batch):
 
     @torch.inference_mode()
     def _results(self, rows: list[Row], keep_scores: bool) -> Iterator[tuple[int, Generation]]:
-        if self.depth == "auto" and self.drafter and self.pace.profile is None and rows:
-            self.pace.profile = self.measure()
-        turn = self._turn = object()
-        waiting = deque(rows)
         # What is compiled has a fixed number of rows; otherwise a free row would cost for nothing.
         count = self.rows if self.code or self.keep else max(1, min(self.rows, len(rows)))
+        if self.depth == "auto" and self.drafter and self.pace.profile is None and rows:
+            self.pace.profile = self.measure(count)
+        turn = self._turn = object()
+        waiting = deque(rows)
         self.begin(rows, count, goes_on=self.keep)
-        self.steps, self._cancelled = Counter(), set()
+        self.steps, self._alone = Counter(), False
         self.keep_scores = keep_scores
         while waiting or any(self.slots):
-            for row in self._drop_cancelled(waiting):
+            for row in [*self._drop_cancelled(waiting), *self._leaving(waiting)]:
                 yield row.index, row.result
+                if self._turn is not turn:
+                    raise DecodingError("This engine began another generate; what was left of this one is lost.")
             if waiting and not all(self.slots):
                 with self.clock("prefill"):
                     self.admit(waiting)
             elif any(self.slots):
                 self._step()
-            for slot, finished in enumerate(self.slots):
-                if finished is not None and finished.result.finish:
-                    self.leave(slot, finished)
-                    yield finished.index, finished.result
-                    if self._turn is not turn:
-                        raise DecodingError("This engine began another generate; what was left of this one is lost.")
+
+    def _leaving(self, waiting: deque[Row]) -> list[Row]:
+        """The rows that are done leave, and those that ask for nothing."""
+        done = [(slot, row) for slot, row in enumerate(self.slots) if row is not None and row.result.finish]
+        for slot, row in done:
+            self.leave(slot, row)
+        nothing = [row for row in waiting if row.limit == 0]
+        for row in nothing:
+            row.result.finish = "length"
+            waiting.remove(row)
+        return [*(row for _, row in done), *nothing]
 
     def _drop_cancelled(self, waiting: deque[Row]) -> list[Row]:
         """Mark what was cancelled; those that still wait leave at once."""
@@ -396,40 +420,57 @@ class Engine(Batch):
 
     def _step(self) -> None:
         """Drafts, one trunk forward over the pending token and the drafts of every row, and what stands of them."""
-        choice = self._drafts_to_read()
-        if not choice and self.drafter:
-            self.set_aside()
+        greedy = self.is_greedy()
+        kind = "greedy" if greedy else "scores"
+        choice = self._drafts_to_read(kind)
+        as_usual = choice == 0 or self.is_fresh
+        begun, before = time.perf_counter(), (self.pending.clone(), self.lengths.clone())
         if choice:
             with self.clock("draft"):
                 drafts = self.propose(self.tree if choice == TREE else None)
         else:
+            if self.drafter:
+                self.set_aside()
             drafts = Drafts(self.pending.new_empty(len(self.slots), 0))
         with self.clock("verify"):
             if drafts.shape is not None:
                 step = self.verify_tree(drafts)
             else:
-                step = self.verify_chain(Drafts(drafts.tokens[:, :choice], drafts.drawn_from), self.is_greedy())
+                width = self.n - 1 if choice == TREE else choice
+                step = self.verify_chain(Drafts(drafts.tokens[:, :width], drafts.drawn_from), greedy)
             runs, counts = step.run.tolist(), step.accepted.tolist()
         self.fresh = step
         self.steps[choice] += 1
-        self.pace.note(choice, [count for count, row in zip(counts, self.slots, strict=True) if row is not None])
-        drafted = self.n - 1 if choice == TREE else choice
+        stood = [count for count, row in zip(counts, self.slots, strict=True) if row is not None]
+        self.pace.note(choice, stood, time.perf_counter() - begun if as_usual else None, kind)
+        self._alone = False
+        drafted = (self.tree.depth or self.n - 1) if choice == TREE and self.tree else choice
         for slot, (run, count) in enumerate(zip(runs, counts, strict=True)):
             row = self.slots[slot]
-            if row is not None and not row.result.finish:
+            if row is not None and choice and run[0] < 0:
+                self._take_back(slot, before)
+            elif row is not None:
                 kept = self.kept(slot, count + 1, step.scores, step.logits)
                 row.emit(Run(run[: count + 1], [*range(1, count + 1), 0], count, drafted, **kept))
 
-    def _drafts_to_read(self) -> int:
-        if self.drafter is None or any(row is not None and row.sampling.stateful for row in self.slots):
+    def _take_back(self, slot: int, before: tuple[Tensor, Tensor]) -> None:
+        """Undo a step of a row whose logits are no numbers: it may be a draft's doing. The next step is plain."""
+        assert self.fresh is not None
+        self.pending[slot], self.lengths[slot] = before[0][slot], before[1][slot]
+        self.fresh.positions[slot], self.fresh.rows[slot] = -1, None
+        self.cache.clear(slot, int(before[1][slot]))
+        self._alone = True
+
+    def _drafts_to_read(self, kind: str) -> int:
+        if self.drafter is None or self._alone or any(row is not None and row.sampling.stateful for row in self.slots):
             return 0
         if self.depth == "auto":
-            return self.pace.choose()
-        return TREE if self.tree is not None and self.depth else int(self.depth)
+            return self.pace.choose(kind)
+        return TREE if self.tree is not None else int(self.depth)
 
     def _check(self, prompt: Sequence[int], limit: int) -> None:
-        if limit < 1:
-            raise PromptError(f"max_new_tokens is {limit}; it must be at least 1.")
+        if limit < 0:
+            raise PromptError(f"max_new_tokens is {limit}; it must be at least 0.")
         if not prompt:
             raise PromptError("The prompt is empty: give at least one token.")
         if len(prompt) >= self.trunk.max_length:
@@ -441,11 +482,19 @@ class Engine(Batch):
             raise PromptError(f"The prompt has token ids outside of the model's vocabulary of {self.trunk.vocab_size}.")
 
 
+def _token_ids(prompt: Any) -> list[int]:
+    if isinstance(prompt, (int, str)):
+        raise PromptError("Give a list of prompts, each of them a list of token ids.")
+    return [int(token) for token in prompt]
+
+
 def _checked(depth: int | str | None, tree: Tree | None, n: int) -> int | str:
     if tree is not None and n == 1:
         raise ValueError("A tree of drafts needs a drafter.")
     if tree is not None and tree.depth is not None and tree.depth > n - 1:
         raise ValueError(f"The tree has drafts up to {tree.depth} tokens ahead; these heads make {n - 1}.")
+    if tree is not None and depth not in (None, "auto"):
+        raise ValueError(f"depth is {depth!r}, but a tree says itself how far it goes: leave depth out, or 'auto'.")
     if depth is None:
         return n - 1
     if depth == "auto":

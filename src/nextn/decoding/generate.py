@@ -49,6 +49,9 @@ class WithHeads(Protocol):
     ) -> Engine:
         """See `MultiTokenModel.engine`."""
 
+    def fingerprint(self) -> Any:
+        """Changes with the weights."""
+
     def compiled(self, engine: Engine, heads: int | None, sampling: bool) -> Engine:
         """See `MultiTokenModel.compiled`."""
 
@@ -59,9 +62,9 @@ class KeptTexts(Cache):
     What the next texts have in common with these is not read again; nothing is taken for granted.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, made_by: Any) -> None:
         super().__init__(layers=[])
-        self.engine = engine
+        self.engine, self.made_by = engine, made_by
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # for transformers, which would count on what it holds
@@ -112,26 +115,35 @@ def custom_generate(
             "custom_generate needs heads that are attached to this very model: pass heads=nextn.attach(model, ...), or "
             "nextn.load of a directory and generate with its base."
         )
-    _refuse(generation_config, input_ids, model_kwargs.get("attention_mask"), token_streamer)
+    ends = [each.max_length for each in stopping_criteria if type(each).__name__ == "MaxLengthCriteria"]
+    new = min([generation_config.max_length, *ends]) - input_ids.shape[1]
+    _refuse(generation_config, input_ids, model_kwargs.get("attention_mask"), token_streamer, new)
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
     prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
-    stop_tokens, criteria = _stops(stopping_criteria)
+    stop_tokens, criteria = _stops(stopping_criteria, input_ids.device)
     keep_scores = bool(
         generation_config.return_dict_in_generate
         and (generation_config.output_scores or generation_config.output_logits)
     )
-    engine = _engine(heads, len(prompts), plain, depth, tree, model_kwargs.get("past_key_values"), generation_config)
+    made_by = (id(heads), plain, depth, tree, heads.fingerprint())
+    keep = bool(generation_config.return_dict_in_generate and generation_config.use_cache)
+    engine = _of_earlier_turn(model_kwargs.get("past_key_values"), len(prompts), made_by)
+    if engine is None:
+        drafting: dict[str, Any] = {} if plain else {"depth": depth, "tree": tree}
+        engine = heads.engine(len(prompts), 1 if plain else None, keep=keep, **drafting)
     if compile:
         heads.compiled(
             engine, 1 if plain else None, bool(logits_processor) or keep_scores or _samples(generation_config)
         )
     engine.stop_tokens = frozenset(stop_tokens)
     begun = input_ids.shape[1]
+    if token_streamer is not None:
+        token_streamer.put(input_ids.cpu())
     results = dict(
         engine.generate(
             prompts,
-            max_new_tokens=generation_config.max_length - begun,
+            max_new_tokens=new,
             on_tokens=_streaming(token_streamer),
             sampling=_samplings(
                 generation_config, logits_processor, seed, sampling_method, [begun - len(p) for p in prompts]
@@ -155,14 +167,16 @@ def custom_generate(
         sequences=sequences,  # type: ignore[arg-type]
         scores=_by_step(found, "scores") if generation_config.output_scores else None,  # type: ignore[arg-type]
         logits=_by_step(found, "logits") if generation_config.output_logits else None,  # type: ignore[arg-type]
-        past_key_values=KeptTexts(engine) if generation_config.use_cache else None,
+        past_key_values=KeptTexts(engine, made_by) if generation_config.use_cache else None,
     )
 
 
-def _refuse(config: GenerationConfig, input_ids: Tensor, mask: Tensor | None, streamer: Any) -> None:
+def _refuse(config: GenerationConfig, input_ids: Tensor, mask: Tensor | None, streamer: Any, new: int) -> None:
     whole = input_ids.shape[1] if mask is None else mask.shape[1]
     for wrong, why in (
         ((config.num_beams or 1) > 1, "nextn decodes one text a row, not beams: leave num_beams out."),
+        (getattr(config, "dola_layers", None), "nextn does not contrast layers: leave dola_layers out."),
+        (new < 1, f"There is room for {new} new tokens; max_new_tokens must be at least 1, or max_length larger."),
         (config.output_attentions, "nextn does not collect attentions: leave output_attentions out."),
         (config.output_hidden_states, "nextn does not collect hidden states: leave output_hidden_states out."),
         (input_ids.shape[1] == 0, "nextn needs token ids: give input_ids, not inputs_embeds."),
@@ -176,27 +190,17 @@ def _refuse(config: GenerationConfig, input_ids: Tensor, mask: Tensor | None, st
             raise GenerateError(why)
 
 
-def _engine(
-    heads: WithHeads,
-    rows: int,
-    plain: bool,
-    depth: int | str | None,
-    tree: Tree | None,
-    past: Any,
-    config: GenerationConfig,
-) -> Engine:
-    """The engine of an earlier turn, or a new one."""
+def _of_earlier_turn(past: Any, rows: int, made_by: Any) -> Engine | None:
+    """The engine that read the texts of an earlier turn, if it would be made the same way today."""
     if isinstance(past, KeptTexts):
-        if past.engine.rows == rows and past.engine.trunk.model is heads.base and (past.engine.n == 1) == plain:
+        if past.engine.rows == rows and past.made_by == made_by:
             return past.engine
-        logger.warning("The cache is of another model or another number of rows: the texts are read anew.")
+        logger.warning("The cache is of other weights, settings or rows: the texts are read anew.")
     elif past is not None and past.get_seq_length() > 0:
         logger.warning(
             "The cache is not nextn's, so the texts are read anew; pass on what generate returns as past_key_values."
         )
-    keep = bool(config.return_dict_in_generate and config.use_cache)
-    drafting: dict[str, Any] = {} if plain else {"depth": depth, "tree": tree}
-    return heads.engine(rows, 1 if plain else None, keep=keep, **drafting)
+    return None
 
 
 def _samples(config: GenerationConfig) -> bool:
@@ -232,7 +236,7 @@ def _moved(processor: Any, pads: int, config: GenerationConfig) -> Any:
     return own
 
 
-def _stops(criteria: Sequence[Any]) -> tuple[set[int], Callable[[int, list[int]], bool] | None]:
+def _stops(criteria: Sequence[Any], device: torch.device) -> tuple[set[int], Callable[[int, list[int]], bool] | None]:
     """The end tokens among stopping criteria, and a function that asks the others but for the length."""
     ends: set[int] = set()
     others: list[Any] = []
@@ -243,7 +247,7 @@ def _stops(criteria: Sequence[Any]) -> tuple[set[int], Callable[[int, list[int]]
             others.append(each)
 
     def stop(_index: int, text: list[int]) -> bool:
-        ids = torch.tensor([text])
+        ids = torch.tensor([text], device=device)
         return any(bool(torch.as_tensor(each(ids, None)).any()) for each in others)
 
     return ends, stop if others else None

@@ -1,8 +1,9 @@
 """How far to draft: step by step what gives most tokens a second, by what steps take here and drafts bring now.
 
 A step that reads d drafts a row gives E(d) = 1 + a_1 + a_1·a_2 + … tokens, a_i being the conditional acceptance of
-draft i, and takes as long as it took when it was measured: the verification of B·(1 + d) tokens and the drafting. d = 0
-is a plain step. (Goodput, as in SmartSpec, Liu et al. 2024, arXiv:2406.14066, with times that are measured.)
+draft i, and takes as long as such steps took of late, or when they were measured at first: the verification of
+B·(1 + d) tokens and the drafting. d = 0 is a plain step. (Goodput, as in SmartSpec, Liu et al. 2024, arXiv:2406.14066,
+with times that are measured.)
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from pathlib import Path
 
 PRIOR, PRIOR_WEIGHT = 0.7, 4.0  # what is thought of a draft's acceptance before any was seen, and in how many tries
 MEMORY = 60  # steps after which an observation weighs 1/e
+RATE = 0.25  # weight of the newest step in the running mean of what steps take
 MARGIN = 1.02  # how much faster drafting must be for a plain step to be left
-FIRST_LOOK = 64  # plain steps after which drafts are tried again; each time in vain, twice as many
+FIRST_LOOK, LONGEST_WAIT = 64, 1024  # plain steps until drafts are tried again; after each time twice as many
+STEADY = 16  # steps with drafts after which they are no mere try any more
 
 
 @dataclass
@@ -58,7 +61,7 @@ TREE = -1  # in place of a number of drafts
 
 @dataclass
 class Pace:
-    """Chooses, and remembers what drafts bring.
+    """Chooses, and remembers what drafts bring and how long steps take.
 
     drafts: n - 1.
     profile: None drafts all there are at every step (or the tree, where there is one).
@@ -70,26 +73,49 @@ class Pace:
     tree: float | None = None
 
     def __post_init__(self) -> None:
+        self._plain_steps, self._patience, self._streak = 0, FIRST_LOOK, 0
+        self._seconds: dict[tuple[str, int], float] = {}  # running mean of real steps, by kind and choice
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """Forget what drafts brought."""
         self._tries = [PRIOR_WEIGHT] * self.drafts
         self._hits = [PRIOR * PRIOR_WEIGHT] * self.drafts
         self._tree_weight, self._tree_tokens = PRIOR_WEIGHT, PRIOR_WEIGHT * (self.tree or 0)
-        self._plain_steps, self._patience, self._streak = 0, FIRST_LOOK, 0
 
-    def choose(self) -> int:
-        """How many drafts the next step reads; 0 for a plain step, TREE for the tree."""
-        if choice := self._fastest():
+    def choose(self, kind: str = "greedy") -> int:
+        """How many drafts the next step reads; 0 for a plain step, TREE for the tree.
+
+        Args:
+            kind: of step, where some take longer than others; of each kind the first steps are plain, to know them.
+        """
+        if self.profile is not None and kind != "greedy" and (kind, 0) not in self._seconds:
+            return 0
+        if choice := self._fastest(kind):
             self._plain_steps, self._streak = 0, self._streak + 1
-            if self._streak == 8:
+            if self._streak == STEADY:
                 self._patience = FIRST_LOOK
             return choice
         self._plain_steps, self._streak = self._plain_steps + 1, 0
-        if self._plain_steps >= self._patience and (hopeful := self._fastest(hoped=True)):
-            self._plain_steps, self._patience = 0, 2 * self._patience
-            return hopeful
-        return 0
+        if self._plain_steps < self._patience:
+            return 0
+        # What drafts brought was long ago: start from what is thought of any drafts, and see.
+        self._plain_steps, self._patience = 0, min(2 * self._patience, LONGEST_WAIT)
+        self._start_anew()
+        for known in [known for known in self._seconds if known[1]]:
+            del self._seconds[known]
+        return self._fastest(kind)
 
-    def note(self, choice: int, accepted: Sequence[int]) -> None:
-        """What came of a step: how many drafts of each row stood."""
+    def note(self, choice: int, accepted: Sequence[int], seconds: float | None = None, kind: str = "greedy") -> None:
+        """What came of a step.
+
+        Args:
+            accepted: how many drafts of each row stood.
+            seconds: what it took, drafting included; None where it did what steps do not do.
+        """
+        if seconds is not None and self.profile is not None:
+            usual = self._seconds.get((kind, choice), self._expected(kind, choice))
+            self._seconds[kind, choice] = usual + RATE * (seconds - usual)
         if choice == 0 or not accepted:
             return
         keep = math.exp(-1 / MEMORY)
@@ -107,24 +133,29 @@ class Pace:
         """The running conditional acceptance by draft."""
         return [hits / tries for hits, tries in zip(self._hits, self._tries, strict=True)]
 
-    def tokens(self, drafts: int, hoped: bool = False) -> float:
-        """E(d).
+    def tokens(self, drafts: int) -> float:
+        """E(d)."""
+        return 1 + sum(math.prod(self.acceptance[: place + 1]) for place in range(drafts))
 
-        Args:
-            hoped: as drafts were thought to be before any was seen, where that is more.
-        """
-        shares = [max(share, PRIOR) if hoped else share for share in self.acceptance]
-        return 1 + sum(math.prod(shares[: place + 1]) for place in range(drafts))
+    def _expected(self, kind: str, choice: int) -> float:
+        """Seconds of a step by the profile, and by what a plain one of its kind takes beside the profile's."""
+        assert self.profile is not None
+        if choice == TREE:
+            measured = self.profile.tree or math.inf
+        else:
+            measured = self.profile.verify[choice] + (self.profile.draft if choice else 0)
+        plain = self.profile.verify[0]
+        return measured * max(self._seconds.get((kind, 0), plain) / plain, 0.1)
 
-    def _fastest(self, hoped: bool = False) -> int:
+    def _fastest(self, kind: str) -> int:
         if self.profile is None:
             return self.drafts if self.tree is None else TREE
-        rates = {
-            drafts: self.tokens(drafts, hoped) / (seconds + (self.profile.draft if drafts else 0))
-            for drafts, seconds in self.profile.verify.items()
-        }
-        if self.profile.tree is not None and self.tree is not None:
-            expected = self._tree_tokens / self._tree_weight
-            rates[TREE] = (max(expected, self.tree) if hoped else expected) / self.profile.tree
-        best = max(rates, key=lambda drafts: rates[drafts])
+
+        def rate(choice: int) -> float:
+            tokens = self._tree_tokens / self._tree_weight if choice == TREE else self.tokens(choice)
+            return tokens / self._seconds.get((kind, choice), self._expected(kind, choice))
+
+        choices = [*self.profile.verify, *([TREE] if self.profile.tree is not None and self.tree is not None else [])]
+        rates = {choice: rate(choice) for choice in choices}
+        best = max(rates, key=lambda choice: rates[choice])
         return best if rates[best] > MARGIN * rates.get(0, 0) else 0

@@ -83,6 +83,7 @@ class Sampling:
     block: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "processors", tuple(self.processors))
         checks = {
             "temperature must be 0 (greedy) or more": self.temperature >= 0,
             "top_k must be 0 (off) or more": self.top_k >= 0,
@@ -90,6 +91,7 @@ class Sampling:
             "min_p must be between 0 and 1": 0 <= self.min_p <= 1,
             "repetition_penalty must be above 0": self.repetition_penalty > 0,
             "method must be coupled or rejection": self.method in ("coupled", "rejection"),
+            "block goes with method='rejection'": not self.block or self.method == "rejection",
         }
         for message, holds in checks.items():
             if not holds:

@@ -111,6 +111,9 @@ def _worth(path: Sequence[int], shares: Sequence[Sequence[float]]) -> float:
     return worth
 
 
+_SHAPES: dict[tuple[Tree, torch.device], tuple[Tensor, ...]] = {}  # of static trees, which never change
+
+
 @dataclass
 class Chances:
     """The noise of a round of drafts: temperatures [B], 0 without noise, and keys by draft [B, n-1]."""
@@ -118,12 +121,13 @@ class Chances:
     temperatures: Tensor
     keys: Tensor
 
-    def scores(self, trunk: Trunk, output: Output, states: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        """Logits with the noise of their position for states [B, M, D]: [B, M, K], and whose they are [B, M, K]."""
+    def scores(self, trunk: Trunk, output: Output, states: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For states [B, M, D]: logits with the noise of their place, without it, and whose they are, all [B, M, K]."""
         logits, ids = output.scores(trunk, states)
         ids = torch.arange(logits.shape[-1], device=logits.device) if ids is None else ids
         noise = gumbel(self.keys[:, depth - 2, None].expand(states.shape[:2]), ids)
-        return logits.float() + self.temperatures[:, None, None] * noise, ids.expand(logits.shape)
+        logits = logits.float()
+        return logits + self.temperatures[:, None, None] * noise, logits, ids.expand(logits.shape)
 
 
 class TreeGrowth:
@@ -145,7 +149,7 @@ class TreeGrowth:
         ):  # for modules that must see every position, though no draft of theirs is wanted
             self.beyond = torch.cat([self.beyond, self.beyond[..., -1:]], dim=2)
             return Level(self.beyond[:, :1])
-        scores, ids = self.chances.scores(trunk, output, states, depth)
+        scores, _, ids = self.chances.scores(trunk, output, states, depth)
         tokens, above, confidence = (
             self._confident(scores, ids) if self.tree.paths is None else self._ranked(scores, ids, depth - 1)
         )
@@ -167,6 +171,19 @@ class TreeGrowth:
 
     def shape(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of all nodes, the pending token first: parents [B, T], depths [B, T], and who follows whom [B, T, T]."""
+        if (
+            self.tree.paths is not None
+            and (known := _SHAPES.get(key := (self.tree, self.tokens[0].device))) is not None
+        ):
+            rows = len(self.tokens[0])
+            parents, depths, sees = (part.expand(rows, *part.shape[1:]) for part in known)
+            return parents, depths, sees
+        found = self._shape()
+        if self.tree.paths is not None:
+            _SHAPES[key] = tuple(part[:1].clone() for part in found)
+        return found
+
+    def _shape(self) -> tuple[Tensor, Tensor, Tensor]:
         _, parents = self._nodes()
         rows, count = parents.shape
         sees = torch.zeros(rows, count + 1, count + 1, dtype=torch.bool, device=parents.device)

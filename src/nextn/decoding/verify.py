@@ -49,6 +49,7 @@ def accept_by_rejection(
     q = torch.cat([q * there[..., None], torch.zeros_like(p[:, :1])], dim=1)  # what follows the last draft is p's own
     named = drafts.clamp(min=0)[..., None]
     ratio = torch.where(there, (p[:, :-1].gather(2, named) / q[:, :-1].gather(2, named))[..., 0], 0)
+    ratio = ratio.nan_to_num(nan=0.0)  # where the trunk's scores are not numbers nothing stands
     carried = torch.ones_like(p[:, :, 0])  # [B, n]; how much of p the drafts so far stand for
     if block:
         for place in range(drafts.shape[1]):

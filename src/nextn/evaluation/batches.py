@@ -33,7 +33,7 @@ class Sweep:
 
     batches: rows; temperatures: 0 is greedy.
     method: how drafts are verified where tokens are drawn, see `Sampling`.
-    groups: so many different batches of each category at batch 1; fewer at larger ones, but one.
+    groups: so many different batches of each category at batch 1; fewer at larger ones, but two.
     tree: read a tree of drafts where that is faster.
     """
 
@@ -48,6 +48,7 @@ class Sweep:
 class Pair:
     """One batch of prompts, answered by both: tokens and seconds of each, and what the drafts did."""
 
+    group: int
     category: str
     tokens: tuple[int, int]
     seconds: tuple[float, float]
@@ -104,7 +105,7 @@ def batches_of(by_category: dict[str, list[Prompt]], batch: int, groups: int) ->
     """Batches of prompts of one category each; where there are too few they come again."""
     work = []
     for category, prompts in by_category.items():
-        for group in range(max(1, groups // batch)):
+        for group in range(max(2, groups // batch)):
             chosen = [prompts[(group * batch + place) % len(prompts)].ids for place in range(batch)]
             work.append((category, chosen))
     return work
@@ -129,34 +130,38 @@ def race(
             f"batch {engines[0].rows}, temperature {sampling.temperature:g}", total=settings.repeats * len(work)
         )
         for _ in range(settings.repeats):
-            for category, prompts in work:
-                pairs.append(_answer(engines, category, prompts, sampling, settings.new_tokens, shuffled))
+            for group, (category, prompts) in enumerate(work):
+                seconds, found = _both(engines, prompts, sampling, settings.new_tokens, shuffled)
+                pairs.append(_pair(group, category, seconds, found, dict(engines[0].steps)))
                 bar.advance(task)
     return pairs
 
 
-def _answer(
-    engines: tuple[Engine, Engine],
-    category: str,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    new: int,
-    shuffled: random.Random,
-) -> Pair:
+def _both(
+    engines: tuple[Engine, Engine], prompts: list[list[int]], sampling: Sampling, new: int, shuffled: random.Random
+) -> tuple[list[float], list[list[Generation]]]:
+    """Seconds and generations of both."""
     seconds, found = [0.0, 0.0], [list[Generation](), list[Generation]()]
     for place in shuffled.sample((0, 1), 2):
         start = time.perf_counter()
         results = dict(engines[place].generate(prompts, new, sampling=sampling))
         seconds[place] = time.perf_counter() - start
         found[place] = [results[index] for index in range(len(prompts))]
+    return seconds, found
+
+
+def _pair(
+    group: int, category: str, seconds: list[float], found: list[list[Generation]], steps: dict[int, int]
+) -> Pair:
     ours, plain = found
     return Pair(
+        group=group,
         category=category,
         tokens=(sum(len(each.tokens) for each in ours), sum(len(each.tokens) for each in plain)),
         seconds=(seconds[0], seconds[1]),
         results=ours,
         alike=sum(a.tokens == b.tokens for a, b in zip(ours, plain, strict=True)),
-        steps=dict(engines[0].steps),
+        steps=steps,
     )
 
 
@@ -180,9 +185,13 @@ def figures(
         "batch": batch,
         "temperature": temperature,
         "compiled": ours.code is not None and plain.code is not None,
-        "ratio": interval([pair.ratio for pair in pairs]),
+        "ratio": interval([pair.ratio for pair in pairs], [pair.group for pair in pairs]),
         "ratio_by_category": {
-            name: interval([pair.ratio for pair in pairs if pair.category == name]) for name in categories
+            name: interval(
+                [pair.ratio for pair in pairs if pair.category == name],
+                [pair.group for pair in pairs if pair.category == name],
+            )
+            for name in categories
         },
         "tokens_per_second": {
             name: sum(pair.tokens[place] for pair in pairs) / sum(pair.seconds[place] for pair in pairs)
@@ -199,14 +208,23 @@ def figures(
     }
 
 
-def interval(ratios: Sequence[float], draws: int = 2000) -> dict[str, float | None]:
-    """The median of paired ratios, with a 95% bootstrap interval."""
-    values = np.array(ratios)
-    drawn = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
-    low, high = np.percentile(np.median(values[drawn], axis=1), [2.5, 97.5])
-    few = len(values) == 1
+def interval(ratios: Sequence[float], groups: Sequence[int] = (), draws: int = 2000) -> dict[str, float | None]:
+    """The median of paired ratios, with a 95% interval by bootstrap: batches are drawn anew, then their repeats.
+
+    Args:
+        groups: which batch of prompts each pair is of; default: each of its own.
+    """
+    groups = groups or range(len(ratios))
+    by_group = [np.array([ratio for ratio, g in zip(ratios, groups, strict=True) if g == each]) for each in set(groups)]
+    generator = np.random.default_rng(0)
+    medians = []
+    for _ in range(draws):
+        drawn = [by_group[place] for place in generator.integers(0, len(by_group), len(by_group))]
+        medians.append(np.median(np.concatenate([generator.choice(each, len(each)) for each in drawn])))
+    low, high = np.percentile(medians, [2.5, 97.5])
+    few = len(ratios) == 1
     return {
-        "value": float(np.median(values)),
+        "value": float(np.median(np.array(ratios))),
         "low": None if few else float(low),
         "high": None if few else float(high),
     }
