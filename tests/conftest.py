@@ -109,7 +109,7 @@ def profiles_apart(tmp_path_factory):
     """What steps of tiny models take beside other work is not kept for anybody."""
     with pytest.MonkeyPatch.context() as patch:
         directory = tmp_path_factory.mktemp("profiles")
-        patch.setattr("nextn.decoding.engine.cache_directory", lambda: directory)
+        patch.setattr("nextn.decoding.building.cache_directory", lambda: directory)
         yield
 
 

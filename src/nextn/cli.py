@@ -472,11 +472,14 @@ def _bench_batches(
     )
     if settings.gguf or settings.vllm_python or settings.replay:
         raise ValueError("--batch measures our own engines only: leave --gguf, --vllm-python and --replay out.")
-    found = sweep(settings, varied, console)
+
+    def keep(found: dict[str, Any]) -> None:
+        if json_file is not None:
+            json_file.write_text(json.dumps(found, indent=2) + "\n")
+
+    found = sweep(settings, varied, console, keep)
     console.print(table(found["rows"]))
     console.print(f"[dim]{conditions(found)}[/dim]", highlight=False)
-    if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=2) + "\n")
 
 
 @app.command()

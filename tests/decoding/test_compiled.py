@@ -49,6 +49,25 @@ def test_compiled_heads_give_the_eager_text_and_acceptance(trained_host, cache):
 
 @pytest.mark.slow
 @needs_compiler
+def test_compiled_sampling_and_depths_give_the_eager_text(trained_host, cache):
+    config = nextn.MultiTokenConfig(n=4, output={"kind": "trimmed", "size": 52}, **KINDS["recurrent"])
+    model = nextn.attach(copy.deepcopy(trained_host), config).eval()
+    prompts = [made_up_text(1, length, seed=length)[0].tolist() for length in (5, 9, 40)]
+    engine = model.engine(rows=2, depth="auto", stop_tokens=[]).compile(sampling=True)
+    assert engine.code and engine.code.depths == (0, 3) and len(engine.code.score) == len(engine.code.verify)
+    assert engine.code.noisy_draft is not None
+    for settings in ({}, {"temperature": 1.0, "top_k": 20}, {"repetition_penalty": 1.3}):
+        sampling = nextn.Sampling(**settings, seed=2)
+        expected = dict(model.engine(heads=1, stop_tokens=[]).generate(prompts, 24, sampling=sampling))
+        for depth in ("auto", 3):
+            engine.depth = depth
+            found = dict(engine.generate(prompts, 24, sampling=sampling))
+            assert [found[row].tokens for row in range(3)] == [expected[row].tokens for row in range(3)]
+    assert set(engine.steps) == {3}
+
+
+@pytest.mark.slow
+@needs_compiler
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_host_compiles(family, cache):
     model = nextn.attach(make_host(family), nextn.MultiTokenConfig(n=3, **KINDS["recurrent"])).eval()

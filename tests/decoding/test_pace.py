@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from conftest import greedy_reference
-from nextn.decoding import engine as engine_module
+from nextn.decoding import building
 from nextn.decoding.pace import TREE, Pace, Profile
 
 CHEAP = Profile({0: 1.0, 1: 1.05, 2: 1.1, 3: 1.15}, 0.1)
@@ -64,7 +64,7 @@ def test_a_tree_is_read_where_it_gives_more_for_its_time():
 
 
 def test_a_profile_is_measured_once_and_kept(trained_model, prompts, monkeypatch, tmp_path):
-    monkeypatch.setattr(engine_module, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(building, "cache_directory", lambda: tmp_path)
     engine = trained_model.engine(rows=3, stop_tokens=[], depth="auto")
     engine.pace.profile = None
     found = dict(engine.generate(prompts, 20))
@@ -72,7 +72,7 @@ def test_a_profile_is_measured_once_and_kept(trained_model, prompts, monkeypatch
     assert set(profile.verify) == {0, 1, 2, 3} and profile.draft > 0 and profile.tree is None
     assert all(seconds > 0 for seconds in profile.verify.values())
     (kept,) = (tmp_path / "profiles").iterdir()
-    assert Profile.read(kept) == profile == engine.measure()
+    assert Profile.read(kept) == profile == building.measure(engine, 3)
     kept.write_text("{")
     assert Profile.read(kept) is None
     for index, prompt in enumerate(prompts):

@@ -100,7 +100,7 @@ class Batch:
         room += 0 if self.tree is None else max(self.tree.nodes, self.tree.beam * self.n)
         self.seconds = defaultdict(float)
         self.fresh: Step | None = None
-        self._all_rows = torch.arange(count, device=device)
+        self.all_rows = torch.arange(count, device=device)
         self.lengths = torch.zeros(count, dtype=torch.long, device=device)
         self.pending = torch.zeros(count, dtype=torch.long, device=device)
         goes_on = goes_on and len(self.slots) == count
@@ -362,7 +362,7 @@ class Batch:
         if self.fresh is not None and self.is_fresh:
             # A text that broke off with logits that are no numbers leaves no token behind.
             states = self.fresh.tapped, self.fresh.positions, self.fresh.run.clamp(min=0), self.fresh.accepted
-            drafts = _fits(partial(self.drafter.propose, *states, self._all_rows, self._asked(tree, None)))
+            drafts = _fits(partial(self.drafter.propose, *states, self.all_rows, self._asked(tree, None)))
         else:
             self.set_aside()
             chunks = (self.chunk, max(8, self.chunk // 16))
@@ -400,7 +400,7 @@ class Batch:
         """Drafts of some rows as drafts of all slots."""
         if len(active) == len(self.slots):
             return found
-        rows = torch.tensor(active, device=self._all_rows.device)
+        rows = torch.tensor(active, device=self.all_rows.device)
 
         def spread(part: Tensor, idle: int) -> Tensor:
             return part.new_full((len(self.slots), *part.shape[1:]), idle).index_copy(0, rows, part)
@@ -414,7 +414,7 @@ class Batch:
 
     def _window(self, slots: list[int], states: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """States [t, D] of some rows as `Drafter.propose` takes them: padded to the longest."""
-        device = self._all_rows.device
+        device = self.all_rows.device
         counts = torch.tensor([len(each) for each in states], device=device)
         members = [row for slot in slots if (row := self.slots[slot]) is not None]
         starts = torch.tensor([row.read for row in members], device=device)
@@ -447,7 +447,7 @@ class Batch:
         noisy = [row for row in rows if row is not None and _draws_drafts(row.sampling)]
         if not any(drawing) or not noisy:
             return Asked(tree=tree)
-        device = self._all_rows.device
+        device = self.all_rows.device
         temperatures = [row.sampling.draft_temperature if row and _draws_drafts(row.sampling) else 0.0 for row in rows]
         seeds = self._seeds(rows)
         at = torch.tensor([[row.length] if row else [0] for row in rows], device=device)
@@ -459,11 +459,11 @@ class Batch:
         return Asked(chances, drawn=bool(rejects.any()), tree=tree)
 
     def _seeds(self, rows: Sequence[Row | None] | None = None) -> Tensor:
-        return torch.tensor([row.seed if row else 0 for row in rows or self.slots], device=self._all_rows.device)
+        return torch.tensor([row.seed if row else 0 for row in rows or self.slots], device=self.all_rows.device)
 
     def _rounds(self, drafts: int) -> Tensor:
         """A number for each draft of this step of each row [B, drafts], which no other step has."""
-        at = torch.tensor([[row.length if row else 0] for row in self.slots], device=self._all_rows.device)
+        at = torch.tensor([[row.length if row else 0] for row in self.slots], device=self.all_rows.device)
         return at * ROUND + torch.arange(drafts, device=at.device)
 
 

@@ -7,14 +7,10 @@ moving the row's length back. The text is the trunk's own, whatever the drafter 
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,52 +19,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bar
 from torch import Tensor
 
-from nextn.config import cache_directory
-from nextn.decoding.batch import Batch, Step
-from nextn.decoding.compiled import (
-    CompileError,
-    Progress,
-    compiled,
-    key,
-    machine_name,
-    on_stderr,
-    recall,
-    remember,
-)  # fmt: skip
-from nextn.decoding.drafting import Draft, Drafter, Drafts, HeadDrafter, NoisyDraft
-from nextn.decoding.pace import TREE, Pace, Profile
+from nextn.decoding.batch import Batch
+from nextn.decoding.building import Code, build, measure
+from nextn.decoding.compiled import CompileError, Progress, on_stderr
+from nextn.decoding.drafting import Drafter, Drafts, HeadDrafter
+from nextn.decoding.pace import TREE, Pace
 from nextn.decoding.rows import DecodingError, Generation, OnTokens, Row, Run, Stop
 from nextn.decoding.sampling import GREEDY, Sampling
-from nextn.decoding.tree import Chances, Tree
-from nextn.decoding.verify import Score, Verify
+from nextn.decoding.tree import Tree
 from nextn.trunk import Trunk
 
 logger = logging.getLogger(__name__)
 
-PADDING = 3  # 4 tokens a step: what small matrix kernels take at once on some CPUs
 CHUNK = 1024  # how many tokens of a prompt one forward reads
 
 
 class PromptError(ValueError):
     """A prompt that cannot be decoded; the message says why."""
-
-
-@dataclass(frozen=True)
-class Code:
-    """What the steps of an engine were compiled to.
-
-    depths: for how many drafts a row there is code.
-    verify, score: what `Verify` and `Score` compute, by the width of `drafts`, padding included.
-    padding: see `Engine`.
-    draft, noisy_draft: what `Draft` and `NoisyDraft` compute; None without heads, or where chance was not asked for.
-    """
-
-    depths: tuple[int, ...]
-    verify: dict[int, Callable[..., Any]]
-    padding: int = 0
-    score: dict[int, Callable[..., Any]] = field(default_factory=dict)
-    draft: Callable[..., Any] | None = None
-    noisy_draft: Callable[..., Any] | None = None
 
 
 class Engine(Batch):
@@ -140,7 +107,7 @@ class Engine(Batch):
         """
         try:
             with torch.inference_mode(False), torch.no_grad():  # what is exported may not be made in inference mode
-                self.use(self._compile(progress, sampling))
+                self.use(build(self, progress, sampling))
         except CompileError as error:
             self.padding, self.why_eager = 0, str(error)
             logger.warning("The engine runs eagerly: %s", error)
@@ -154,137 +121,6 @@ class Engine(Batch):
         if isinstance(self.drafter, HeadDrafter):
             self.drafter.compiled, self.drafter.compiled_noisy = code.draft, code.noisy_draft
         return self
-
-    def _compile(self, progress: Progress, sampling: bool) -> Code:
-        full = self.n - 1 if self.depth == "auto" else int(self.depth)
-        verify = {full: self._compile_step(Verify, full, 0, progress)} if full else {}
-        padding: int = 0
-        depths: tuple[int, ...] = (full,)
-        if self.depth == "auto" or not full:
-            plain, padding = self._compile_plain(progress)
-            verify, depths = {padding: plain} | verify, (0, full) if full else (0,)
-        code = Code(depths, verify, padding)
-        if sampling:
-            code = replace(code, score={width: self._compile_step(Score, 0, width, progress) for width in verify})
-        if not full or not isinstance(self.drafter, HeadDrafter):
-            return code
-        targets, accepted, _, _, tapped, positions = verify[full](*self._example(full))
-        self.drafter.propose(tapped, positions, targets, accepted, self._all_rows)  # which makes the heads' caches
-        chances = Chances(
-            torch.ones(self.rows, device=targets.device),
-            torch.zeros_like(targets[:, :1]).expand(-1, self.n - 1).clone(),
-        )
-
-        def draft(module: type[Draft], noise: Chances | None) -> Callable[..., Any]:
-            assert isinstance(self.drafter, HeadDrafter)
-            inputs = self.drafter.step_inputs(tapped, positions, targets, accepted, noise)
-            return compiled(module(self.trunk, self.drafter.heads), inputs, progress)
-
-        code = replace(code, draft=draft(Draft, None))
-        return replace(code, noisy_draft=draft(NoisyDraft, chances)) if sampling else code
-
-    def _compile_plain(self, progress: Progress) -> tuple[Callable[..., Any], int]:
-        """The bare or the padded step and its padding, whichever is faster; measured once a machine."""
-        note = f"padding-{key(Verify(self.trunk, self.tap), self._example(0))}"
-        if (known := recall(note)) is not None:
-            return self._compile_step(Verify, 0, known, progress), known
-        paddings = (0, PADDING)
-        codes = [self._compile_step(Verify, 0, padding, progress) for padding in paddings]
-        examples = [self._example(0, padding) for padding in paddings]
-        times: list[list[float]] = [[], []]
-        for _ in range(40):
-            for code, inputs, spent in zip(codes, examples, times, strict=True):
-                start = time.perf_counter()
-                code(*inputs)[1].tolist()  # reading a result waits for it
-                spent.append(time.perf_counter() - start)
-        bare, padded = (statistics.median(spent) for spent in times)
-        choice = int(padded < bare)
-        remember(note, paddings[choice])
-        return codes[choice], paddings[choice]
-
-    def _compile_step(self, module: type[Score], drafts: int, padding: int, progress: Progress) -> Callable[..., Any]:
-        return compiled(module(self.trunk, self.tap), self._example(drafts, padding), progress)
-
-    def _example(self, drafts: int, padding: int = 0, rows: int | None = None) -> tuple[Any, ...]:
-        """Inputs of a step of all rows, as they stand after a prompt of middle length."""
-        count = rows or self.rows
-        length = max(1, min(128, self.trunk.max_length // 2))
-        texts = [Row(index, Generation([0] * length), PADDING + self.n) for index in range(count)]
-        self.begin(texts, count)
-        self.admit(deque(texts))
-        tokens = torch.full((count, drafts + padding), -1, device=self.trunk.device)
-        return self.inputs(tokens)
-
-    # --- how far to draft -------------------------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def measure(self, rows: int | None = None) -> Profile:
-        """What steps take here, by how many drafts they read; measured once a machine, for `depth="auto"`.
-
-        Args:
-            rows: how many there are; default: as the engine has.
-        """
-        rows = rows or self.rows
-        widths = self.code.depths if self.code else range(self.n)
-        path = cache_directory() / "profiles" / f"{self._profile_name(rows)}.json"
-        if (known := Profile.read(path)) is not None and set(known.verify) == set(widths):
-            return known
-        self._example(0, rows=rows)
-
-        def timed(step: Callable[[], Any]) -> float:
-            step()
-            spent: list[float] = []
-            while len(spent) < 2 or (len(spent) < 7 and sum(spent) < 0.5):
-                start = time.perf_counter()
-                step()
-                spent.append(time.perf_counter() - start)
-            return statistics.median(spent)
-
-        def verify(drafts: int) -> Step:
-            lengths, pending = self.lengths, self.pending
-            tokens = torch.zeros(len(self.slots), drafts, dtype=torch.long, device=lengths.device)
-            step = self.verify_chain(Drafts(tokens), greedy=True)
-            step.run.tolist()
-            self.lengths, self.pending = lengths, pending
-            return step
-
-        profile = Profile({drafts: timed(partial(verify, drafts)) for drafts in widths}, 0.0)
-        self.fresh = verify(max(widths))
-        for row in self.slots:
-            if row is not None:
-                row.unread = []
-        fresh = self.fresh
-
-        def draft(tree: Tree | None) -> Drafts:
-            self.fresh = fresh
-            drafts = self.propose(tree)
-            drafts.tokens.tolist()
-            return drafts
-
-        profile.draft = timed(lambda: draft(None))
-        if self.tree is not None:
-
-            def tree_step() -> None:
-                lengths, pending = self.lengths, self.pending
-                self.verify_tree(draft(self.tree)).run.tolist()
-                self.lengths, self.pending = lengths, pending
-
-            profile.tree = timed(tree_step)
-        profile.write(path)
-        return profile
-
-    def _profile_name(self, rows: int) -> str:
-        heads = self.drafter.heads if isinstance(self.drafter, HeadDrafter) else None
-        of_heads = heads and (
-            type(heads).__name__,
-            heads.n,
-            [tuple(part.shape) for part in heads.state_dict().values()],
-        )
-        parts = (
-            self.trunk.settings(), self.trunk.dtype, rows, of_heads, self.tree, self.code and self.code.depths,
-            torch.__version__, machine_name(self.trunk.device),
-        )  # fmt: skip
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
     # --- generating -------------------------------------------------------------------------------------------
 
@@ -376,7 +212,7 @@ class Engine(Batch):
         # What is compiled has a fixed number of rows; otherwise a free row would cost for nothing.
         count = self.rows if self.code or self.keep else max(1, min(self.rows, len(rows)))
         if self.depth == "auto" and self.drafter and self.pace.profile is None and rows:
-            self.pace.profile = self.measure(count)
+            self.pace.profile = measure(self, count)
         turn = self._turn = object()
         waiting = deque(rows)
         self.begin(rows, count, goes_on=self.keep)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,8 +62,13 @@ class Pair:
         return (ours / fast) / (plain / slow)
 
 
-def sweep(settings: Settings, varied: Sweep, console: Console) -> dict[str, Any]:
+def sweep(
+    settings: Settings, varied: Sweep, console: Console, keep: Callable[[dict[str, Any]], None] = lambda found: None
+) -> dict[str, Any]:
     """Measure, and return what `nextn bench --batch … --json` writes.
+
+    Args:
+        keep: called with all that is there after each batch size and temperature.
 
     Raises:
         BenchError: where no prompt fits.
@@ -72,7 +77,18 @@ def sweep(settings: Settings, varied: Sweep, console: Console) -> dict[str, Any]
     by_category: dict[str, list[Prompt]] = {}
     for prompt in read(settings, base_of(settings.model), console):
         by_category.setdefault(prompt.category, []).append(prompt)
-    rows, limits = [], None
+    found: dict[str, Any] = {
+        "model": settings.model,
+        "n": model.multi_token.n,
+        "dtype": settings.dtype,
+        "new_tokens": settings.new_tokens,
+        "repeats": settings.repeats,
+        "method": varied.method.method,
+        "block": varied.method.block,
+        "tree": None if varied.tree is None else {"paths": varied.tree.paths, "nodes": varied.tree.nodes},
+        "rows": [],
+        "machine": machine(),
+    }
     for batch in varied.batches:
         engines = (
             model.engine(batch, stop_tokens=[], depth="auto", tree=varied.tree),
@@ -85,20 +101,13 @@ def sweep(settings: Settings, varied: Sweep, console: Console) -> dict[str, Any]
         for temperature in varied.temperatures:
             pairs = race(engines, work, replace(varied.method, temperature=temperature), settings, console)
             costs = [step_cost(engine) for engine in engines]
-            limits = limits or measure_machine(named_dtype(settings.dtype), costs[0]["weight_bytes"])
-            rows.append(figures(engines, pairs, batch, temperature, costs, limits))
-            console.print(table(rows[-1:]))
-    return {
-        "model": settings.model,
-        "n": model.multi_token.n,
-        "dtype": settings.dtype,
-        "new_tokens": settings.new_tokens,
-        "repeats": settings.repeats,
-        "method": varied.method.method,
-        "tree": None if varied.tree is None else {"paths": varied.tree.paths, "nodes": varied.tree.nodes},
-        "rows": rows,
-        "machine": machine() | (limits or {}),
-    }
+            if "bandwidth" not in found["machine"]:
+                found["machine"] |= measure_machine(named_dtype(settings.dtype), costs[0]["weight_bytes"])
+            row = figures(engines, pairs, batch, temperature, costs, found["machine"])
+            found["rows"].append(row)
+            keep(found)
+            console.print(table([row]))
+    return found
 
 
 def batches_of(by_category: dict[str, list[Prompt]], batch: int, groups: int) -> list[tuple[str, list[list[int]]]]:

@@ -1,0 +1,181 @@
+"""What the steps of an engine are compiled to, and how long they take: found out once a machine."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nextn.config import cache_directory
+from nextn.decoding.batch import Step
+from nextn.decoding.compiled import Progress, compiled, key, machine_name, recall, remember
+from nextn.decoding.drafting import Draft, Drafts, HeadDrafter, NoisyDraft
+from nextn.decoding.pace import Profile
+from nextn.decoding.rows import Generation, Row
+from nextn.decoding.tree import Chances, Tree
+from nextn.decoding.verify import Score, Verify
+
+if TYPE_CHECKING:
+    from nextn.decoding.engine import Engine
+
+PADDING = 3  # 4 tokens a step: what small matrix kernels take at once on some CPUs
+
+
+@dataclass(frozen=True)
+class Code:
+    """What the steps of an engine were compiled to.
+
+    depths: for how many drafts a row there is code.
+    verify, score: what `Verify` and `Score` compute, by the width of `drafts`, padding included.
+    padding: see `Engine`.
+    draft, noisy_draft: what `Draft` and `NoisyDraft` compute; None without heads, or where chance was not asked for.
+    """
+
+    depths: tuple[int, ...]
+    verify: dict[int, Callable[..., Any]]
+    padding: int = 0
+    score: dict[int, Callable[..., Any]] = field(default_factory=dict)
+    draft: Callable[..., Any] | None = None
+    noisy_draft: Callable[..., Any] | None = None
+
+
+def build(engine: Engine, progress: Progress, sampling: bool) -> Code:
+    """Compile what an engine runs, see `Engine.compile`."""
+    full = engine.n - 1 if engine.depth == "auto" else int(engine.depth)
+    verify = {full: _step(engine, Verify, full, 0, progress)} if full else {}
+    padding: int = 0
+    depths: tuple[int, ...] = (full,)
+    if engine.depth == "auto" or not full:
+        plain, padding = _plain_step(engine, progress)
+        verify, depths = {padding: plain} | verify, (0, full) if full else (0,)
+    code = Code(depths, verify, padding)
+    if sampling:
+        code = replace(code, score={width: _step(engine, Score, 0, width, progress) for width in verify})
+    if not full or not isinstance(engine.drafter, HeadDrafter):
+        return code
+    targets, accepted, _, _, tapped, positions = verify[full](*_example(engine, full))
+    engine.drafter.propose(tapped, positions, targets, accepted, engine.all_rows)  # which makes the heads' caches
+    chances = Chances(
+        torch.ones(engine.rows, device=targets.device),
+        torch.zeros_like(targets[:, :1]).expand(-1, engine.n - 1).clone(),
+    )
+
+    def draft(module: type[Draft], noise: Chances | None) -> Callable[..., Any]:
+        assert isinstance(engine.drafter, HeadDrafter)
+        inputs = engine.drafter.step_inputs(tapped, positions, targets, accepted, noise)
+        return compiled(module(engine.trunk, engine.drafter.heads), inputs, progress)
+
+    code = replace(code, draft=draft(Draft, None))
+    return replace(code, noisy_draft=draft(NoisyDraft, chances)) if sampling else code
+
+
+def _plain_step(engine: Engine, progress: Progress) -> tuple[Callable[..., Any], int]:
+    """The bare or the padded step and its padding, whichever is faster; measured once a machine."""
+    note = f"padding-{key(Verify(engine.trunk, engine.tap), _example(engine, 0))}"
+    if (known := recall(note)) is not None:
+        return _step(engine, Verify, 0, known, progress), known
+    paddings = (0, PADDING)
+    codes = [_step(engine, Verify, 0, padding, progress) for padding in paddings]
+    examples = [_example(engine, 0, padding) for padding in paddings]
+    times: list[list[float]] = [[], []]
+    for _ in range(40):
+        for code, inputs, spent in zip(codes, examples, times, strict=True):
+            start = time.perf_counter()
+            code(*inputs)[1].tolist()  # reading a result waits for it
+            spent.append(time.perf_counter() - start)
+    bare, padded = (statistics.median(spent) for spent in times)
+    choice = int(padded < bare)
+    remember(note, paddings[choice])
+    return codes[choice], paddings[choice]
+
+
+def _step(engine: Engine, module: type[Score], drafts: int, padding: int, progress: Progress) -> Callable[..., Any]:
+    return compiled(module(engine.trunk, engine.tap), _example(engine, drafts, padding), progress)
+
+
+def _example(engine: Engine, drafts: int, padding: int = 0, rows: int | None = None) -> tuple[Any, ...]:
+    """Inputs of a step of all rows, as they stand after a prompt of middle length."""
+    count = rows or engine.rows
+    length = max(1, min(128, engine.trunk.max_length // 2))
+    texts = [Row(index, Generation([0] * length), PADDING + engine.n) for index in range(count)]
+    engine.begin(texts, count)
+    engine.admit(deque(texts))
+    tokens = torch.full((count, drafts + padding), -1, device=engine.trunk.device)
+    return engine.inputs(tokens)
+
+
+@torch.inference_mode()
+def measure(engine: Engine, rows: int) -> Profile:
+    """What steps take here, by how many drafts they read; measured once a machine, for `depth="auto"`.
+
+    Args:
+        rows: how many there are.
+    """
+    widths = engine.code.depths if engine.code else range(engine.n)
+    path = cache_directory() / "profiles" / f"{_profile_name(engine, rows)}.json"
+    if (known := Profile.read(path)) is not None and set(known.verify) == set(widths):
+        return known
+    _example(engine, 0, rows=rows)
+
+    def timed(step: Callable[[], Any]) -> float:
+        step()
+        spent: list[float] = []
+        while len(spent) < 2 or (len(spent) < 7 and sum(spent) < 0.5):
+            start = time.perf_counter()
+            step()
+            spent.append(time.perf_counter() - start)
+        return statistics.median(spent)
+
+    def verify(drafts: int) -> Step:
+        lengths, pending = engine.lengths, engine.pending
+        tokens = torch.zeros(len(engine.slots), drafts, dtype=torch.long, device=lengths.device)
+        step = engine.verify_chain(Drafts(tokens), greedy=True)
+        step.run.tolist()
+        engine.lengths, engine.pending = lengths, pending
+        return step
+
+    profile = Profile({drafts: timed(partial(verify, drafts)) for drafts in widths}, 0.0)
+    engine.fresh = verify(max(widths))
+    for row in engine.slots:
+        if row is not None:
+            row.unread = []
+    fresh = engine.fresh
+
+    def draft(tree: Tree | None) -> Drafts:
+        engine.fresh = fresh
+        drafts = engine.propose(tree)
+        drafts.tokens.tolist()
+        return drafts
+
+    profile.draft = timed(lambda: draft(None))
+    if engine.tree is not None:
+
+        def tree_step() -> None:
+            lengths, pending = engine.lengths, engine.pending
+            engine.verify_tree(draft(engine.tree)).run.tolist()
+            engine.lengths, engine.pending = lengths, pending
+
+        profile.tree = timed(tree_step)
+    profile.write(path)
+    return profile
+
+
+def _profile_name(engine: Engine, rows: int) -> str:
+    heads = engine.drafter.heads if isinstance(engine.drafter, HeadDrafter) else None
+    of_heads = heads and (
+        type(heads).__name__,
+        heads.n,
+        [tuple(part.shape) for part in heads.state_dict().values()],
+    )
+    parts = (
+        engine.trunk.settings(), engine.trunk.dtype, rows, of_heads, engine.tree, engine.code and engine.code.depths,
+        torch.__version__, machine_name(engine.trunk.device),
+    )  # fmt: skip
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
