@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PRIOR, PRIOR_WEIGHT = 0.7, 4.0  # what is thought of a draft's acceptance before any was seen, and in how many tries
+PRIOR, PRIOR_WEIGHT = 0.7, 2.0  # what is thought of a draft's acceptance before any was seen, and in how many tries
 MEMORY = 60  # steps after which an observation weighs 1/e
 RATE = 0.25  # weight of the newest step in the running mean of what steps take
 MARGIN = 1.02  # how much faster drafting must be for a plain step to be left
-FIRST_LOOK, LONGEST_WAIT = 64, 1024  # plain steps until drafts are tried again; after each time twice as many
+FIRST_LOOK, LONGEST_WAIT = 256, 4096  # plain steps until drafts are tried again; after each time twice as many
 STEADY = 16  # steps with drafts after which they are no mere try any more
 
 
