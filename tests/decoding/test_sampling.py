@@ -132,8 +132,15 @@ def one_kind(trained_host):
     return model.eval()
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", SAMPLINGS)
+# Every processor in one way and every way with one processor; the other pairs are slow.
+PAIRS = [
+    pytest.param(name, way, marks=[] if way == "block" or name == "top-k" else [pytest.mark.slow])
+    for name in SAMPLINGS
+    for way in WAYS
+]
+
+
+@pytest.mark.parametrize(("name", "way"), PAIRS)
 def test_three_tokens_have_the_trunks_joint_law(one_kind, name, way):
     sampling = Sampling(**SAMPLINGS[name], **WAYS[way], seed=1000)
     engine = one_kind.engine(rows=64, stop_tokens=[])
@@ -145,8 +152,17 @@ def texts(engine: Engine, prompts, new: int, sampling) -> list[list[int]]:
     return [result.tokens for _, result in sorted(engine.generate(prompts, new, sampling=sampling), key=lambda r: r[0])]
 
 
-@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("name", ["top-p", "repetition penalty"])
 def test_coupled_text_is_the_same_with_drafts_and_without_whatever_the_mates(trained_model, prompts, name):
+    coupled_everywhere(trained_model, prompts, name)
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_coupled_text_is_the_same_after_any_processor(one_kind, prompts, name):
+    coupled_everywhere(one_kind, prompts, name)
+
+
+def coupled_everywhere(trained_model, prompts, name) -> None:
     prompts = prompts * 2
     sampling = [Sampling(**SAMPLINGS[name], seed=seed) for seed in range(len(prompts))]
     plain = texts(trained_model.engine(rows=1, heads=1, stop_tokens=[]), prompts, 40, sampling)

@@ -52,7 +52,11 @@ def test_made_up_trees_give_the_plain_text_by_chance_too(trained_model, tree, se
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [pair for pair in itertools.product(CONFIGS, MORE_KINDS) if pair != ("deepseek_v3", "shared_kv")],
+    [
+        pytest.param(family, kind, marks=[] if family == "gemma3" or kind == "recurrent" else [pytest.mark.slow])
+        for family, kind in itertools.product(CONFIGS, MORE_KINDS)
+        if (family, kind) != ("deepseek_v3", "shared_kv")
+    ],
 )
 def test_trees_on_every_family_and_kind(family, kind):
     config = nextn.MultiTokenConfig(n=4, output={"kind": "trimmed", "size": 40}, **MORE_KINDS[kind])
