@@ -348,6 +348,6 @@ class Restless(Pace):
 
     plan = (3,)
 
-    def choose(self, kind="greedy") -> int:
+    def choose(self, texts, kind="greedy") -> int:
         self.plan = [*self.plan[1:], self.plan[0]]
         return -1 if self.tree is not None and self.plan[0] == 3 else self.plan[0]

@@ -14,10 +14,11 @@ DEAR = Profile({0: 1.0, 1: 1.9, 2: 2.8, 3: 3.7}, 0.2)
 
 def told(pace: Pace, accepted: list[int], steps: int) -> list[int]:
     """What it chooses while each row accepts so many of the drafts that it is offered."""
-    chosen = []
+    chosen, texts = [], [pace.begin_text() for _ in accepted]
     for _ in range(steps):
-        choice = pace.choose()
-        pace.note(choice, [min(count, choice) for count in accepted] if choice != TREE else accepted)
+        choice = pace.choose(texts)
+        stood = [min(count, choice) if choice != TREE else count for count in accepted]
+        pace.note(choice, list(zip(texts, stood, strict=True)))
         chosen.append(choice)
     return chosen
 
@@ -50,17 +51,22 @@ def test_it_comes_back_when_drafts_are_right_again():
 def test_running_acceptance_is_conditional():
     pace = Pace(3, CHEAP)
     told(pace, [3, 1, 0, 0], 400)
-    assert pace.acceptance == pytest.approx([0.5, 0.5, 1.0], abs=0.02)
-    assert pace.tokens(3) == pytest.approx(1 + 0.5 + 0.25 + 0.25, abs=0.03)
+    assert pace.overall.acceptance == pytest.approx([0.5, 0.5, 1.0], abs=0.02)
+    assert pace.begin_text().tokens(3) == pytest.approx(1 + 0.5 + 0.25 + 0.25, abs=0.03)
+
+
+def test_a_text_is_left_to_plain_steps_while_another_is_drafted():
+    pace = Pace(3, Profile({0: 1.0, 3: 1.3}, 0.2))
+    assert told(pace, [3], 60)[-1] == 3
+    assert told(pace, [0], 40)[-1] == 0
+    assert told(pace, [3], 5) == [3] * 5
 
 
 def test_a_tree_is_read_where_it_gives_more_for_its_time():
     profile = Profile({0: 1.0, 3: 1.1}, 0.1, tree=1.4)
     assert told(Pace(3, profile, tree=2.5), [3], 100)[-1] == 3
     pace = Pace(3, profile, tree=3.5)
-    for _ in range(100):
-        pace.note(pace.choose(), [2] if pace.choose() == TREE else [0])
-    assert pace.choose() == TREE
+    assert told(pace, [2], 100)[-1] == TREE
 
 
 def test_a_profile_is_measured_once_and_kept(trained_model, prompts, monkeypatch, tmp_path):

@@ -124,7 +124,8 @@ def key(module: nn.Module, inputs: tuple[Any, ...]) -> str:
     """A digest of all that the compiled code depends on: code, config, weights, shapes, versions, machine."""
     digest = hashlib.sha256()
     house = Path(nextn.config.__file__).parent
-    for part in ("trunk.py", "output.py", "heads/*.py", "decoding/*.py"):
+    decoding = [f"decoding/{name}.py" for name in ("compiled", "verify", "drafting", "sampling", "tree")]
+    for part in ("trunk.py", "output.py", "heads/*.py", *decoding):
         for path in sorted(house.glob(part)):
             digest.update(path.read_bytes())
     trunk: Any = module.trunk

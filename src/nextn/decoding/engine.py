@@ -224,6 +224,8 @@ class Engine(Batch):
                 if self._turn is not turn:
                     raise DecodingError("This engine began another generate; what was left of this one is lost.")
             if waiting and not all(self.slots):
+                for row in list(waiting)[: self.slots.count(None)]:
+                    row.tally = self.pace.begin_text()
                 with self.clock("prefill"):
                     self.admit(waiting)
             elif any(self.slots):
@@ -277,7 +279,7 @@ class Engine(Batch):
             runs, counts = step.run.tolist(), step.accepted.tolist()
         self.fresh = step
         self.steps[choice] += 1
-        stood = [count for count, row in zip(counts, self.slots, strict=True) if row is not None]
+        stood = [(row.tally, count) for count, row in zip(counts, self.slots, strict=True) if row is not None]
         self.pace.note(choice, stood, time.perf_counter() - begun if as_usual else None, kind)
         self._alone = False
         drafted = (self.tree.depth or self.n - 1) if choice == TREE and self.tree else choice
@@ -301,7 +303,7 @@ class Engine(Batch):
         if self.drafter is None or self._alone or any(row is not None and row.sampling.stateful for row in self.slots):
             return 0
         if self.depth == "auto":
-            return self.pace.choose(kind)
+            return self.pace.choose([row.tally for row in self.slots if row is not None], kind)
         return TREE if self.tree is not None else int(self.depth)
 
     def _check(self, prompt: Sequence[int], limit: int) -> None:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PRIOR, PRIOR_WEIGHT = 0.7, 2.0  # what is thought of a draft's acceptance before any was seen, and in how many tries
-MEMORY = 60  # steps after which an observation weighs 1/e
+TEXT_WEIGHT = 6.0  # in how many tries a new text trusts what other texts had
+MEMORY, LONG_MEMORY = 60, 2000  # steps after which an observation weighs 1/e, for a text and for all
 RATE = 0.25  # weight of the newest step in the running mean of what steps take
-MARGIN = 1.02  # how much faster drafting must be for a plain step to be left
+MARGIN = 1.03  # how much faster drafting must be for a plain step to be left
 FIRST_LOOK, LONGEST_WAIT = 256, 4096  # plain steps until drafts are tried again; after each time twice as many
 STEADY = 16  # steps with drafts after which they are no mere try any more
 
@@ -60,8 +61,34 @@ TREE = -1  # in place of a number of drafts
 
 
 @dataclass
+class Tally:
+    """How often each draft of a text was tried, all earlier ones standing, and how often it stood."""
+
+    tries: list[float]
+    hits: list[float]
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Conditional, by draft."""
+        return [hits / tries for hits, tries in zip(self.hits, self.tries, strict=True)]
+
+    def tokens(self, drafts: int) -> float:
+        """E(d)."""
+        shares = self.acceptance
+        return 1 + sum(math.prod(shares[: place + 1]) for place in range(drafts))
+
+    def note(self, drafted: int, accepted: int, keep: float) -> None:
+        """A step with so many drafts; what was before weighs `keep`."""
+        for draft in range(drafted):
+            self.tries[draft] = keep * self.tries[draft] + (accepted >= draft)
+            self.hits[draft] = keep * self.hits[draft] + (accepted > draft)
+
+
+@dataclass
 class Pace:
     """Chooses, and remembers what drafts bring and how long steps take.
+
+    A text begins with what drafts brought to other texts, and then counts its own.
 
     drafts: n - 1.
     profile: None drafts all there are at every step (or the tree, where there is one).
@@ -79,19 +106,24 @@ class Pace:
 
     def _start_anew(self) -> None:
         """Forget what drafts brought."""
-        self._tries = [PRIOR_WEIGHT] * self.drafts
-        self._hits = [PRIOR * PRIOR_WEIGHT] * self.drafts
+        self.overall = Tally([PRIOR_WEIGHT] * self.drafts, [PRIOR * PRIOR_WEIGHT] * self.drafts)
         self._tree_weight, self._tree_tokens = PRIOR_WEIGHT, PRIOR_WEIGHT * (self.tree or 0)
 
-    def choose(self, kind: str = "greedy") -> int:
+    def begin_text(self) -> Tally:
+        """The tally of a new text."""
+        weight = [min(tries, TEXT_WEIGHT) for tries in self.overall.tries]
+        return Tally(weight, [share * each for share, each in zip(self.overall.acceptance, weight, strict=True)])
+
+    def choose(self, texts: Sequence[Tally], kind: str = "greedy") -> int:
         """How many drafts the next step reads; 0 for a plain step, TREE for the tree.
 
         Args:
-            kind: of step, where some take longer than others; of each kind the first steps are plain, to know them.
+            texts: the tallies of the rows at work.
+            kind: of step, where some take longer than others; of each kind the first step is plain, to know them.
         """
         if self.profile is not None and kind != "greedy" and (kind, 0) not in self._seconds:
             return 0
-        if choice := self._fastest(kind):
+        if choice := self._fastest(texts, kind):
             self._plain_steps, self._streak = 0, self._streak + 1
             if self._streak == STEADY:
                 self._patience = FIRST_LOOK
@@ -102,40 +134,37 @@ class Pace:
         # What drafts brought was long ago: start from what is thought of any drafts, and see.
         self._plain_steps, self._patience = 0, min(2 * self._patience, LONGEST_WAIT)
         self._start_anew()
+        for text in texts:
+            fresh = self.begin_text()
+            text.tries, text.hits = fresh.tries, fresh.hits
         for known in [known for known in self._seconds if known[1]]:
             del self._seconds[known]
-        return self._fastest(kind)
+        return self._fastest(texts, kind)
 
-    def note(self, choice: int, accepted: Sequence[int], seconds: float | None = None, kind: str = "greedy") -> None:
+    def note(
+        self,
+        choice: int,
+        accepted: Sequence[tuple[Tally, int]],
+        seconds: float | None = None,
+        kind: str = "greedy",
+    ) -> None:
         """What came of a step.
 
         Args:
-            accepted: how many drafts of each row stood.
+            accepted: how many drafts of each text stood.
             seconds: what it took, drafting included; None where it did what steps do not do.
         """
         if seconds is not None and self.profile is not None:
             usual = self._seconds.get((kind, choice), self._expected(kind, choice))
             self._seconds[kind, choice] = usual + RATE * (seconds - usual)
-        if choice == 0 or not accepted:
-            return
-        keep = math.exp(-1 / MEMORY)
-        if choice == TREE:
+        if choice == TREE and accepted:
+            keep = math.exp(-1 / MEMORY)
             self._tree_weight = keep * self._tree_weight + len(accepted)
-            self._tree_tokens = keep * self._tree_tokens + len(accepted) + sum(accepted)
+            self._tree_tokens = keep * self._tree_tokens + len(accepted) + sum(count for _, count in accepted)
             return
-        for draft in range(choice):
-            tried = sum(count >= draft for count in accepted)
-            self._tries[draft] = keep * self._tries[draft] + tried
-            self._hits[draft] = keep * self._hits[draft] + sum(count > draft for count in accepted)
-
-    @property
-    def acceptance(self) -> list[float]:
-        """The running conditional acceptance by draft."""
-        return [hits / tries for hits, tries in zip(self._hits, self._tries, strict=True)]
-
-    def tokens(self, drafts: int) -> float:
-        """E(d)."""
-        return 1 + sum(math.prod(self.acceptance[: place + 1]) for place in range(drafts))
+        for text, count in accepted:
+            text.note(choice, count, math.exp(-1 / MEMORY))
+            self.overall.note(choice, count, math.exp(-1 / LONG_MEMORY))
 
     def _expected(self, kind: str, choice: int) -> float:
         """Seconds of a step by the profile, and by what a plain one of its kind takes beside the profile's."""
@@ -147,12 +176,15 @@ class Pace:
         plain = self.profile.verify[0]
         return measured * max(self._seconds.get((kind, 0), plain) / plain, 0.1)
 
-    def _fastest(self, kind: str) -> int:
+    def _fastest(self, texts: Sequence[Tally], kind: str) -> int:
         if self.profile is None:
             return self.drafts if self.tree is None else TREE
 
         def rate(choice: int) -> float:
-            tokens = self._tree_tokens / self._tree_weight if choice == TREE else self.tokens(choice)
+            if choice == TREE:
+                tokens = self._tree_tokens / self._tree_weight
+            else:
+                tokens = sum(text.tokens(choice) for text in texts) / max(1, len(texts))
             return tokens / self._seconds.get((kind, choice), self._expected(kind, choice))
 
         choices = [*self.profile.verify, *([TREE] if self.profile.tree is not None and self.tree is not None else [])]

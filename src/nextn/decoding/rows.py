@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nextn.decoding.pace import Tally
 from nextn.decoding.sampling import GREEDY, Sampling
 
 OnTokens = Callable[[int, list[int], list[int]], None]
@@ -65,6 +66,7 @@ class Row:
     """One text in a slot.
 
     limit: how many tokens it may emit.
+    tally: what drafts bring to it, see `Pace`.
     held: how many positions of its prompt the cache held already.
     read: how many positions the drafter has seen.
     unread: tapped trunk states [t, D] from there on, which the drafter has not seen yet, oldest first.
@@ -78,6 +80,7 @@ class Row:
     stop_tokens: frozenset[int] = frozenset()
     stop: Stop | None = None
     on_tokens: OnTokens | None = None
+    tally: Tally = field(default_factory=lambda: Tally([], []))
     held: int = 0
     read: int = 0
     unread: list[Tensor] = field(default_factory=list)
