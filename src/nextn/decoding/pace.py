@@ -19,7 +19,7 @@ PRIOR, PRIOR_WEIGHT = 0.7, 2.0  # what is thought of a draft's acceptance before
 TEXT_WEIGHT = 6.0  # in how many tries a new text trusts what other texts had
 MEMORY, LONG_MEMORY = 60, 2000  # steps after which an observation weighs 1/e, for a text and for all
 RATE = 0.25  # weight of the newest step in the running mean of what steps take
-MARGIN = 1.03  # how much faster drafting must be for a plain step to be left
+MARGIN = 1.08  # how much faster drafting must be for a plain step to be left
 FIRST_LOOK, LONGEST_WAIT = 256, 4096  # plain steps until drafts are tried again; after each time twice as many
 STEADY = 16  # steps with drafts after which they are no mere try any more
 
