@@ -62,6 +62,15 @@ def test_generate_gives_the_plain_text_with_and_without_heads(heads, tiny_base, 
         assert "τ" in result.stderr
 
 
+def test_a_seed_gives_one_text_with_and_without_heads(heads, tmp_path):
+    tree = tmp_path / "tree.json"
+    tree.write_text('{"paths": [[0], [1], [0, 0]]}')
+    asked = ("--max-new-tokens", 12, "--dtype", "float32", "--temperature", 1.2, "--top-k", 20, "--seed", 5)
+    ways = ((), ("--heads", 1), ("--depth", "all"), ("--depth", 1), ("--tree", tree))
+    texts = {nextn("generate", heads, "the cat", *way, *asked).stdout for way in ways}
+    assert len(texts) == 1 and len(texts.pop()) > 4
+
+
 def test_info_counts_what_the_file_holds(heads, tiny_base):
     found = json.loads(succeed("info", heads, "--json"))
     tensors = load_file(heads / "nextn" / "heads.safetensors")
@@ -153,6 +162,13 @@ def bad_inputs(tiny_base: Path, heads: Path, data: Path, tmp: Path) -> dict[str,
         "truncated model": (["generate", truncated, "hi", "--heads", 1], "cannot be opened"),
         "no heads": (["generate", tiny_base, "hi"], "holds no heads"),
         "three heads": (["generate", heads, "hi", "--heads", 3], "--heads is 3"),
+        "cold": (["generate", heads, "hi", "--temperature", -1], "temperature must be 0"),
+        "no depth": (["generate", heads, "hi", "--depth", "deep"], "give a number, all or auto"),
+        "too deep": (["generate", heads, "hi", "--depth", 9], "from 0 to"),
+        "tree for none": (["generate", heads, "hi", "--heads", 1, "--tree", tmp / "x.json"], "reads no tree"),
+        "no tree": (["generate", heads, "hi", "--tree", tmp / "x.json"], "holds no tree"),
+        "tree without batch": (["bench", heads, "--tree", tmp / "x.json"], "go with --batch"),
+        "rejected tree": (["bench", heads, "--batch", 1, "--tree", tmp / "x.json", "--method", "block"], "coupled"),
         "empty prompt": (["generate", heads, " "], "empty"),
         "long prompt": (["generate", heads, "a" * 128], "context is 128"),
         "not JSON": (
