@@ -11,6 +11,7 @@ import torch
 import nextn
 from conftest import CONFIGS, KINDS, made_up_text, make_host
 from nextn.config import OutputConfig
+from nextn.decoding import building
 from nextn.decoding.compiled import key
 from nextn.decoding.engine import Engine
 from nextn.decoding.verify import Verify
@@ -117,7 +118,7 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so(trained_model, prompts, 
 def test_a_damaged_package_is_removed_and_named(trained_host, cache, caplog):
     engine = Engine(Trunk(trained_host), None)
     with torch.no_grad():
-        inputs = engine._example(0)
+        inputs = building.example(engine, 0)
     path = cache / "compiled" / f"verify-{key(Verify(engine.trunk, engine.tap), inputs)}.pt2"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"half a package")
@@ -129,7 +130,7 @@ def test_the_key_tells_apart_what_compiles_differently(trained_host):
     def key_of(host, padding: int = 0, tap: str = "post_norm") -> str:
         engine = Engine(Trunk(host), None)
         with torch.no_grad():
-            inputs = engine._example(padding)
+            inputs = building.example(engine, 0, padding)
         return key(Verify(engine.trunk, tap), inputs)
 
     other = copy.deepcopy(trained_host)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import nextn
 from conftest import MORE_KINDS, make_host
+from nextn.decoding import building
 from nextn.evaluation.costs import (
     BATCHES,
     Machine,
@@ -80,7 +81,7 @@ def test_operations_are_those_that_the_bench_counts(kind):
     """Two ways to the same count: the accounting's, and `step_cost` of an engine."""
     model = build(output={"kind": "trimmed", "size": 16}, **MORE_KINDS[kind]).eval()
     engine, costs = model.engine(), costs_of(model)
-    engine._example(0)
+    building.example(engine, 0)
     counted = step_cost(engine)
     drafts = sum(weights.met() * tokens for weights, tokens in costs.passes) + 3 * costs.output.met()
     assert counted["draft_operations"] == 2 * drafts

@@ -60,7 +60,7 @@ def build(engine: Engine, progress: Progress, sampling: bool) -> Code:
         code = replace(code, score={width: _step(engine, Score, 0, width, progress) for width in verify})
     if not full or not isinstance(engine.drafter, HeadDrafter):
         return code
-    targets, accepted, _, _, tapped, positions = verify[full](*_example(engine, full))
+    targets, accepted, _, _, tapped, positions = verify[full](*example(engine, full))
     engine.drafter.propose(tapped, positions, targets, accepted, engine.all_rows)  # which makes the heads' caches
     chances = Chances(
         torch.ones(engine.rows, device=targets.device),
@@ -78,12 +78,12 @@ def build(engine: Engine, progress: Progress, sampling: bool) -> Code:
 
 def _plain_step(engine: Engine, progress: Progress) -> tuple[Callable[..., Any], int]:
     """The bare or the padded step and its padding, whichever is faster; measured once a machine."""
-    note = f"padding-{key(Verify(engine.trunk, engine.tap), _example(engine, 0))}"
+    note = f"padding-{key(Verify(engine.trunk, engine.tap), example(engine, 0))}"
     if (known := recall(note)) is not None:
         return _step(engine, Verify, 0, known, progress), known
     paddings = (0, PADDING)
     codes = [_step(engine, Verify, 0, padding, progress) for padding in paddings]
-    examples = [_example(engine, 0, padding) for padding in paddings]
+    examples = [example(engine, 0, padding) for padding in paddings]
     times: list[list[float]] = [[], []]
     for _ in range(40):
         for code, inputs, spent in zip(codes, examples, times, strict=True):
@@ -97,10 +97,10 @@ def _plain_step(engine: Engine, progress: Progress) -> tuple[Callable[..., Any],
 
 
 def _step(engine: Engine, module: type[Score], drafts: int, padding: int, progress: Progress) -> Callable[..., Any]:
-    return compiled(module(engine.trunk, engine.tap), _example(engine, drafts, padding), progress)
+    return compiled(module(engine.trunk, engine.tap), example(engine, drafts, padding), progress)
 
 
-def _example(engine: Engine, drafts: int, padding: int = 0, rows: int | None = None) -> tuple[Any, ...]:
+def example(engine: Engine, drafts: int, padding: int = 0, rows: int | None = None) -> tuple[Any, ...]:
     """Inputs of a step of all rows, as they stand after a prompt of middle length."""
     count = rows or engine.rows
     length = max(1, min(128, engine.trunk.max_length // 2))
@@ -122,7 +122,7 @@ def measure(engine: Engine, rows: int) -> Profile:
     path = cache_directory() / "profiles" / f"{_profile_name(engine, rows)}.json"
     if (known := Profile.read(path)) is not None and set(known.verify) == set(widths):
         return known
-    _example(engine, 0, rows=rows)
+    example(engine, 0, rows=rows)
 
     def timed(step: Callable[[], Any]) -> float:
         step()
