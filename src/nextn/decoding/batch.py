@@ -252,13 +252,13 @@ class Batch:
             usable = q.isfinite().all(dim=-1).long().cumprod(dim=1).bool()  # broken heads: no drafts
             tokens = torch.where(usable, tokens, -1)
             q = torch.where(usable[..., None], q, 0)
-        rounds = self._rounds(tokens.shape[1])[slots]
-        seeds = self._seeds()[slots]
+        rows = [self.slots[slot] for slot in slots]
+        rounds, seeds = self._rounds(rows, tokens.shape[1]), self._seeds(rows)
+        numbers = uniform(keys(seeds, rounds, STANDS))
         for block in (False, True):
             chosen_so = [i for i, slot in enumerate(slots) if self.slots[slot].sampling.block is block]  # type: ignore[union-attr]
             if not chosen_so:
                 continue
-            numbers = uniform(keys(seeds, rounds, STANDS))
             count, rest = accept_by_rejection(p[chosen_so], q[chosen_so], tokens[chosen_so], numbers[chosen_so], block)
             vocabulary = torch.arange(rest.shape[-1], device=rest.device)
             noise = gumbel(keys(seeds[chosen_so], rounds[chosen_so][:, :1], RESIDUAL)[:, 0], vocabulary)
@@ -318,7 +318,7 @@ class Batch:
         ]
         if not any(drawing):
             return chosen(scores), scores
-        seeds = torch.tensor([row.seed if row else 0 for row in rows], device=at.device)
+        seeds = self._seeds(rows)
         # Noise lies between -2.9 and 22.2: nothing that is further behind the best token can win.
         likely = scores > scores.amax(dim=-1, keepdim=True) - 25.2
         likely &= torch.tensor(drawing, device=at.device)[:, None, None]
@@ -453,17 +453,17 @@ class Batch:
         at = torch.tensor([[row.length] if row else [0] for row in rows], device=device)
         numbers = torch.arange(self.n - 1, device=device)
         coupled = keys(seeds, at + numbers)
-        apart = keys(seeds, at * ROUND + numbers, DRAFT)
+        apart = keys(seeds, self._rounds(rows, self.n - 1), DRAFT)
         rejects = torch.tensor([bool(row and row.sampling.rejects) for row in rows], device=device)
         chances = Chances(torch.tensor(temperatures, device=device), torch.where(rejects[:, None], apart, coupled))
         return Asked(chances, drawn=bool(rejects.any()), tree=tree)
 
-    def _seeds(self, rows: Sequence[Row | None] | None = None) -> Tensor:
-        return torch.tensor([row.seed if row else 0 for row in rows or self.slots], device=self.all_rows.device)
+    def _seeds(self, rows: Sequence[Row | None]) -> Tensor:
+        return torch.tensor([row.seed if row else 0 for row in rows], device=self.all_rows.device)
 
-    def _rounds(self, drafts: int) -> Tensor:
-        """A number for each draft of this step of each row [B, drafts], which no other step has."""
-        at = torch.tensor([[row.length if row else 0] for row in self.slots], device=self.all_rows.device)
+    def _rounds(self, rows: Sequence[Row | None], drafts: int) -> Tensor:
+        """A number for each draft of this step of some rows [B, drafts], which no other step has."""
+        at = torch.tensor([[row.length if row else 0] for row in rows], device=self.all_rows.device)
         return at * ROUND + torch.arange(drafts, device=at.device)
 
 

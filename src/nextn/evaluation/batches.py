@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from nextn.decoding.engine import Engine, Generation
@@ -18,7 +17,7 @@ from nextn.decoding.pace import TREE
 from nextn.decoding.sampling import Sampling
 from nextn.decoding.tree import Tree
 from nextn.evaluation.acceptance import DEFINITIONS, Acceptance
-from nextn.evaluation.bench import Settings, read
+from nextn.evaluation.bench import Settings, progress_bar, read
 from nextn.evaluation.report import acceptance_json, machine, narrow_table
 from nextn.evaluation.roofline import bound, measure_machine, step_cost
 from nextn.evaluation.speed import Prompt
@@ -131,10 +130,7 @@ def race(
     for engine in engines:
         list(engine.generate(work[0][1], WARM_UP, sampling=sampling))
     shuffled, pairs = random.Random(0), []
-    columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task(
             f"batch {engines[0].rows}, temperature {sampling.temperature:g}", total=settings.repeats * len(work)
         )

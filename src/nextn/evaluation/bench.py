@@ -81,7 +81,7 @@ def bench(settings: Settings, console: Console) -> dict[str, Any]:
     trace = None if settings.replay is None else read_trace(settings.replay, n - 1)
     running = field_of(settings, base, prompts, console)
     with ExitStack() as cleanup:
-        with _progress(console) as bar:
+        with progress_bar(console) as bar:
             for one in list(running):
                 cleanup.callback(one.stop)
                 try:
@@ -94,7 +94,7 @@ def bench(settings: Settings, console: Console) -> dict[str, Any]:
         compiled = compiled_alike(running, console)
         costs = {one.name: one.about["cost"] for one in running if "cost" in one.about}
         limits = measure_machine(named_dtype(settings.dtype), costs["nextn"]["weight_bytes"])
-        with _progress(console) as bar:
+        with progress_bar(console) as bar:
             task = bar.add_task("measuring", total=len(prompts) * len(running) * settings.repeats)
             advance = partial(bar.advance, task)
             timings = race(running, prompts, settings.new_tokens, settings.repeats, trace, advance)
@@ -332,7 +332,7 @@ def conditions(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
     return Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=console, transient=True,
