@@ -39,17 +39,13 @@ OUTPUTS = {
     "7b": ["shared", "separate", "trimmed:8192", "trimmed:32768", "low_rank:256", "low_rank:512", "clustered:1187:16",
            "clustered:1187:64"],
 }  # fmt: skip
-PROMPT, TURNS = 128, 50
+TURNS = 50
 
 
 def step_of(model: MultiTokenModel, batch: int) -> tuple[Callable[[], Any], bool]:
     """One call makes all drafts of a step; and whether it is a CUDA graph."""
     engine = model.engine(batch, stop_tokens=[])
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(model.trunk.vocab_size, (batch, PROMPT), generator=generator).tolist()
-    engine._begin(prompts, 64)
-    engine._admit(list(enumerate(prompts)), 64, None)
-    targets, accepted, _, _, tapped, positions = engine.verify(*engine._inputs())
+    targets, accepted, _, _, tapped, positions = engine.verify(*example(engine, engine.n - 1))
     rows = torch.arange(batch, device=model.trunk.device)
     return _graphed(lambda: engine.drafter.propose(tapped, positions, targets, accepted, rows))
 

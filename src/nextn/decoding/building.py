@@ -20,7 +20,7 @@ from nextn.decoding.drafting import Draft, Drafts, HeadDrafter, NoisyDraft
 from nextn.decoding.pace import Profile
 from nextn.decoding.rows import Generation, Row
 from nextn.decoding.tree import Chances, Tree
-from nextn.decoding.verify import Score, Verify
+from nextn.decoding.verify import Score, Verify, judged
 
 if TYPE_CHECKING:
     from nextn.decoding.engine import Engine
@@ -49,18 +49,20 @@ class Code:
 def build(engine: Engine, progress: Progress, sampling: bool) -> Code:
     """Compile what an engine runs, see `Engine.compile`."""
     full = engine.n - 1 if engine.depth == "auto" else int(engine.depth)
-    verify = {full: _step(engine, Verify, full, 0, progress)} if full else {}
+    module = Score if sampling else Verify
+    steps = {full: _step(engine, module, full, 0, progress)} if full else {}
     padding: int = 0
     depths: tuple[int, ...] = (full,)
     if engine.depth == "auto" or not full:
-        plain, padding = _plain_step(engine, progress)
-        verify, depths = {padding: plain} | verify, (0, full) if full else (0,)
-    code = Code(depths, verify, padding)
+        plain, padding = _plain_step(engine, module, progress)
+        steps, depths = {padding: plain} | steps, (0, full) if full else (0,)
+    # What scores can also judge, in a call or two more: less to compile than another trunk with the judging in it.
+    code = Code(depths, {width: _judging(step) for width, step in steps.items()} if sampling else steps, padding)
     if sampling:
-        code = replace(code, score={width: _step(engine, Score, 0, width, progress) for width in verify})
+        code = replace(code, score=steps)
     if not full or not isinstance(engine.drafter, HeadDrafter):
         return code
-    targets, accepted, _, _, tapped, positions = verify[full](*example(engine, full))
+    targets, accepted, _, _, tapped, positions = code.verify[full](*example(engine, full))
     engine.drafter.propose(tapped, positions, targets, accepted, engine.all_rows)  # which makes the heads' caches
     chances = Chances(
         torch.ones(engine.rows, device=targets.device),
@@ -76,24 +78,31 @@ def build(engine: Engine, progress: Progress, sampling: bool) -> Code:
     return replace(code, noisy_draft=draft(NoisyDraft, chances)) if sampling else code
 
 
-def _plain_step(engine: Engine, progress: Progress) -> tuple[Callable[..., Any], int]:
+def _plain_step(engine: Engine, module: type[Score], progress: Progress) -> tuple[Callable[..., Any], int]:
     """The bare or the padded step and its padding, whichever is faster; measured once a machine."""
-    note = f"padding-{key(Verify(engine.trunk, engine.tap), example(engine, 0))}"
+    if engine.rows > PADDING:  # enough tokens as it is
+        return _step(engine, module, 0, 0, progress), 0
+    note = f"padding-{key(module(engine.trunk, engine.tap), example(engine, 0))}"
     if (known := recall(note)) is not None:
-        return _step(engine, Verify, 0, known, progress), known
+        return _step(engine, module, 0, known, progress), known
     paddings = (0, PADDING)
-    codes = [_step(engine, Verify, 0, padding, progress) for padding in paddings]
+    codes = [_step(engine, module, 0, padding, progress) for padding in paddings]
     examples = [example(engine, 0, padding) for padding in paddings]
     times: list[list[float]] = [[], []]
     for _ in range(40):
         for code, inputs, spent in zip(codes, examples, times, strict=True):
             start = time.perf_counter()
-            code(*inputs)[1].tolist()  # reading a result waits for it
+            float(code(*inputs)[1].flatten()[0])  # reading a result waits for it
             spent.append(time.perf_counter() - start)
     bare, padded = (statistics.median(spent) for spent in times)
     choice = int(padded < bare)
     remember(note, paddings[choice])
     return codes[choice], paddings[choice]
+
+
+def _judging(score: Callable[..., Any]) -> Callable[..., Any]:
+    """`Verify` by what computes `Score`."""
+    return lambda pending, drafts, lengths, *rest: judged(drafts, lengths, *score(pending, drafts, lengths, *rest))
 
 
 def _step(engine: Engine, module: type[Score], drafts: int, padding: int, progress: Progress) -> Callable[..., Any]:

@@ -161,10 +161,16 @@ class Verify(Score):
             token [B], the new lengths [B], the tapped states [B, W, D], and their positions [B, W], -1 where a state is
             not of the text.
         """
-        logits, tapped, positions = super().forward(pending, drafts, lengths, ends, seen, buffers)
-        targets = chosen(logits)
-        accepted = accept_greedy(drafts, targets)
-        return targets, accepted, *standing(targets, accepted, lengths), tapped, only_standing(positions, accepted)
+        return judged(drafts, lengths, *super().forward(pending, drafts, lengths, ends, seen, buffers))
+
+
+def judged(
+    drafts: Tensor, lengths: Tensor, logits: Tensor, tapped: Tensor, positions: Tensor
+) -> tuple[Tensor, ...]:
+    """What `Verify` makes of what `Score` gives."""
+    targets = chosen(logits)
+    accepted = accept_greedy(drafts, targets)
+    return targets, accepted, *standing(targets, accepted, lengths), tapped, only_standing(positions, accepted)
 
 
 class ScoreTree(Score):
