@@ -14,8 +14,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(VENV)/bin/nextn demo
 
+# One process a core, one thread each: tiny models gain nothing from more.
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-slow: $(STAMP)
 	$(VENV)/bin/python -m pytest -m slow

@@ -24,6 +24,7 @@ from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from nextn.config import MultiTokenConfig, OutputConfig
+from nextn.decoding.building import example
 from nextn.evaluation.costs import stored_bytes
 from nextn.evaluation.report import interval, machine
 from nextn.model import MultiTokenModel
