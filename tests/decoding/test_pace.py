@@ -12,11 +12,11 @@ CHEAP = Profile({0: 1.0, 1: 1.05, 2: 1.1, 3: 1.15}, 0.1)
 DEAR = Profile({0: 1.0, 1: 1.9, 2: 2.8, 3: 3.7}, 0.2)
 
 
-def told(pace: Pace, accepted: list[int], steps: int) -> list[int]:
+def told(pace: Pace, accepted: list[int], steps: int, waiting: bool = False) -> list[int]:
     """What it chooses while each row accepts so many of the drafts that it is offered."""
     chosen, texts = [], [pace.begin_text() for _ in accepted]
     for _ in range(steps):
-        choice = pace.choose(texts)
+        choice = pace.choose([(text, 100) for text in texts], waiting)
         stood = [min(count, choice) if choice != TREE else count for count in accepted]
         pace.note(choice, list(zip(texts, stood, strict=True)))
         chosen.append(choice)
@@ -50,9 +50,32 @@ def test_it_comes_back_when_drafts_are_right_again():
 
 def test_running_acceptance_is_conditional():
     pace = Pace(3, CHEAP)
-    told(pace, [3, 1, 0, 0], 400)
-    assert pace.overall.acceptance == pytest.approx([0.5, 0.5, 1.0], abs=0.02)
-    assert pace.begin_text().tokens(3) == pytest.approx(1 + 0.5 + 0.25 + 0.25, abs=0.03)
+    told(pace, [3, 1, 0, 0], 400, waiting=True)
+    assert pace.shared.acceptance == pytest.approx([0.5, 0.5, 1.0], abs=0.02)
+    assert pace.tokens(pace.begin_text(), 3) == pytest.approx(1 + 0.5 + 0.25 + 0.25, abs=0.03)
+
+
+def test_a_text_counts_its_own_tries_and_leans_on_the_others_for_the_rest():
+    pace = Pace(1, CHEAP)
+    told(pace, [1, 0], 400, waiting=True)
+    text = pace.begin_text()
+    assert pace.tokens(text, 1) == pytest.approx(1.5, abs=0.02)
+    for _ in range(4):
+        text.note(1, 1, 1e9)
+    assert pace.tokens(text, 1) == pytest.approx(1 + (4 + 4 * 0.5) / 8, abs=0.02)
+
+
+def test_what_counts_is_the_last_text_to_end_unless_others_wait_for_its_slot():
+    profile = Profile({0: 1.0, 3: 1.5}, 0.1)
+    pace = Pace(3, profile)
+    told(pace, [3, 0], 300, waiting=True)  # 2.5 tokens on the average
+    good, bad = pace.begin_text(), pace.begin_text()
+    for _ in range(50):
+        good.note(3, 3, 1e9)
+        bad.note(3, 0, 1e9)
+    assert pace.choose([(good, 100), (bad, 100)], waiting=True) == 3
+    assert pace.choose([(good, 100), (bad, 100)]) == 0
+    assert pace.choose([(good, 400), (bad, 100)]) == 3
 
 
 def test_a_text_is_left_to_plain_steps_while_another_is_drafted():
@@ -63,7 +86,7 @@ def test_a_text_is_left_to_plain_steps_while_another_is_drafted():
 
 
 def test_a_tree_is_read_where_it_gives_more_for_its_time():
-    profile = Profile({0: 1.0, 3: 1.1}, 0.1, tree=1.4)
+    profile = Profile({0: 1.0, 3: 1.4}, 0.1, tree=1.4)
     assert told(Pace(3, profile, tree=2.5), [3], 100)[-1] == 3
     pace = Pace(3, profile, tree=3.5)
     assert told(pace, [2], 100)[-1] == TREE

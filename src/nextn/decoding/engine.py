@@ -229,7 +229,7 @@ class Engine(Batch):
                 with self.clock("prefill"):
                     self.admit(waiting)
             elif any(self.slots):
-                self._step()
+                self._step(bool(waiting))
 
     def _leaving(self, waiting: deque[Row]) -> list[Row]:
         """The rows that are done leave, and those that ask for nothing."""
@@ -256,11 +256,11 @@ class Engine(Batch):
 
     # --- a step -----------------------------------------------------------------------------------------------
 
-    def _step(self) -> None:
+    def _step(self, waiting: bool) -> None:
         """Drafts, one trunk forward over the pending token and the drafts of every row, and what stands of them."""
         greedy = self.is_greedy()
         kind = "greedy" if greedy else "scores"
-        choice = self._drafts_to_read(kind)
+        choice = self._drafts_to_read(kind, waiting)
         as_usual = choice == 0 or self.is_fresh
         begun, before = time.perf_counter(), (self.pending.clone(), self.lengths.clone())
         if choice:
@@ -299,11 +299,12 @@ class Engine(Batch):
         self.cache.clear(slot, int(before[1][slot]))
         self._alone = True
 
-    def _drafts_to_read(self, kind: str) -> int:
+    def _drafts_to_read(self, kind: str, waiting: bool) -> int:
         if self.drafter is None or self._alone or any(row is not None and row.sampling.stateful for row in self.slots):
             return 0
         if self.depth == "auto":
-            return self.pace.choose([row.tally for row in self.slots if row is not None], kind)
+            texts = [(row.tally, row.limit - len(row.result.tokens)) for row in self.slots if row is not None]
+            return self.pace.choose(texts, waiting, kind)
         return TREE if self.tree is not None else int(self.depth)
 
     def _check(self, prompt: Sequence[int], limit: int) -> None:

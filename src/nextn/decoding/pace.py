@@ -1,9 +1,10 @@
-"""How far to draft: step by step what gives most tokens a second, by what steps take here and drafts bring now.
+"""How far to draft: step by step what brings the texts to their ends soonest, by what steps take here and drafts bring.
 
-A step that reads d drafts a row gives E(d) = 1 + a_1 + a_1·a_2 + … tokens, a_i being the conditional acceptance of
-draft i, and takes as long as such steps took of late, or when they were measured at first: the verification of
-B·(1 + d) tokens and the drafting. d = 0 is a plain step. (Goodput, as in SmartSpec, Liu et al. 2024, arXiv:2406.14066,
-with times that are measured.)
+A step that reads d drafts a row gives a text E(d) = 1 + a_1 + a_1·a_2 + … tokens, a_i being the conditional acceptance
+of draft i, and takes as long as such steps took of late, or when they were measured at first: the verification of
+B·(1 + d) tokens and the drafting. d = 0 is a plain step. A text with r tokens to go needs r / E(d) such steps. While
+prompts wait for its slot, what counts is the sum of these over the texts; when none does, the largest: the others'
+slots are of no use then. (Goodput, as in SmartSpec, Liu et al. 2024, arXiv:2406.14066, with times that are measured.)
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PRIOR, PRIOR_WEIGHT = 0.7, 2.0  # what is thought of a draft's acceptance before any was seen, and in how many tries
-TEXT_WEIGHT = 6.0  # in how many tries a new text trusts what other texts had
-MEMORY, LONG_MEMORY = 60, 2000  # steps after which an observation weighs 1/e, for a text and for all
+SHARED_WEIGHT = 4.0  # how many tries of its own a text needs to count as much as what the others saw
+MEMORY, SHARED_MEMORY = 60, 150  # tries after which one weighs 1/e, for a text and for all: texts come in kinds
+HOPE, HOPE_WEIGHT = 0.25, 4.0  # standard deviations by which new texts may be better than those before, so as to see
 RATE = 0.25  # weight of the newest step in the running mean of what steps take
 MARGIN = 1.08  # how much faster drafting must be for a plain step to be left
 FIRST_LOOK, LONGEST_WAIT = 256, 4096  # plain steps until drafts are tried again; after each time twice as many
@@ -67,28 +69,26 @@ class Tally:
     tries: list[float]
     hits: list[float]
 
+    @classmethod
+    def empty(cls, drafts: int) -> Tally:
+        return cls([0.0] * drafts, [0.0] * drafts)
+
     @property
     def acceptance(self) -> list[float]:
         """Conditional, by draft."""
         return [hits / tries for hits, tries in zip(self.hits, self.tries, strict=True)]
 
-    def tokens(self, drafts: int) -> float:
-        """E(d)."""
-        shares = self.acceptance
-        return 1 + sum(math.prod(shares[: place + 1]) for place in range(drafts))
-
-    def note(self, drafted: int, accepted: int, keep: float) -> None:
-        """A step with so many drafts; what was before weighs `keep`."""
-        for draft in range(drafted):
-            self.tries[draft] = keep * self.tries[draft] + (accepted >= draft)
+    def note(self, drafted: int, accepted: int, memory: float) -> None:
+        """A step with so many drafts; after `memory` more tries one weighs 1/e."""
+        for draft in range(min(drafted, accepted + 1)):
+            keep = math.exp(-1 / memory)
+            self.tries[draft] = keep * self.tries[draft] + 1
             self.hits[draft] = keep * self.hits[draft] + (accepted > draft)
 
 
 @dataclass
 class Pace:
     """Chooses, and remembers what drafts bring and how long steps take.
-
-    A text begins with what drafts brought to other texts, and then counts its own.
 
     drafts: n - 1.
     profile: None drafts all there are at every step (or the tree, where there is one).
@@ -106,24 +106,24 @@ class Pace:
 
     def _start_anew(self) -> None:
         """Forget what drafts brought."""
-        self.overall = Tally([PRIOR_WEIGHT] * self.drafts, [PRIOR * PRIOR_WEIGHT] * self.drafts)
+        self.shared = Tally([PRIOR_WEIGHT] * self.drafts, [PRIOR * PRIOR_WEIGHT] * self.drafts)
         self._tree_weight, self._tree_tokens = PRIOR_WEIGHT, PRIOR_WEIGHT * (self.tree or 0)
 
     def begin_text(self) -> Tally:
         """The tally of a new text."""
-        weight = [min(tries, TEXT_WEIGHT) for tries in self.overall.tries]
-        return Tally(weight, [share * each for share, each in zip(self.overall.acceptance, weight, strict=True)])
+        return Tally.empty(self.drafts)
 
-    def choose(self, texts: Sequence[Tally], kind: str = "greedy") -> int:
+    def choose(self, texts: Sequence[tuple[Tally, int]], waiting: bool = False, kind: str = "greedy") -> int:
         """How many drafts the next step reads; 0 for a plain step, TREE for the tree.
 
         Args:
-            texts: the tallies of the rows at work.
+            texts: the tally of each row at work, and how many tokens it may still emit.
+            waiting: whether prompts wait for a slot.
             kind: of step, where some take longer than others; of each kind the first step is plain, to know them.
         """
         if self.profile is not None and kind != "greedy" and (kind, 0) not in self._seconds:
             return 0
-        if choice := self._fastest(texts, kind):
+        if choice := self._fastest(texts, waiting, kind):
             self._plain_steps, self._streak = 0, self._streak + 1
             if self._streak == STEADY:
                 self._patience = FIRST_LOOK
@@ -134,12 +134,11 @@ class Pace:
         # What drafts brought was long ago: start from what is thought of any drafts, and see.
         self._plain_steps, self._patience = 0, min(2 * self._patience, LONGEST_WAIT)
         self._start_anew()
-        for text in texts:
-            fresh = self.begin_text()
-            text.tries, text.hits = fresh.tries, fresh.hits
+        for tally, _ in texts:
+            tally.tries, tally.hits = [0.0] * self.drafts, [0.0] * self.drafts
         for known in [known for known in self._seconds if known[1]]:
             del self._seconds[known]
-        return self._fastest(texts, kind)
+        return self._fastest(texts, waiting, kind)
 
     def note(
         self,
@@ -155,20 +154,34 @@ class Pace:
             seconds: what it took, drafting included; None where it did what steps do not do.
         """
         if seconds is not None and self.profile is not None:
-            usual = self._seconds.get((kind, choice), self._expected(kind, choice))
+            usual = self._seconds_of(kind, choice)
             self._seconds[kind, choice] = usual + RATE * (seconds - usual)
         if choice == TREE and accepted:
             keep = math.exp(-1 / MEMORY)
             self._tree_weight = keep * self._tree_weight + len(accepted)
             self._tree_tokens = keep * self._tree_tokens + len(accepted) + sum(count for _, count in accepted)
             return
-        for text, count in accepted:
-            text.note(choice, count, math.exp(-1 / MEMORY))
-            self.overall.note(choice, count, math.exp(-1 / LONG_MEMORY))
+        for tally, count in accepted:
+            tally.note(choice, count, MEMORY)
+            self.shared.note(choice, count, SHARED_MEMORY)
 
-    def _expected(self, kind: str, choice: int) -> float:
-        """Seconds of a step by the profile, and by what a plain one of its kind takes beside the profile's."""
+    def tokens(self, tally: Tally, drafts: int, hope: float = 0.0) -> float:
+        """E(d) of a text: its own acceptance as far as it is known, that of all before and beside it otherwise.
+
+        Args:
+            hope: added to each draft's acceptance.
+        """
+        expected, standing = 1.0, 1.0
+        for tries, hits, share in zip(tally.tries[:drafts], tally.hits, self.shared.acceptance, strict=False):
+            standing *= min(1.0, (hits + SHARED_WEIGHT * share) / (tries + SHARED_WEIGHT) + hope)
+            expected += standing
+        return expected
+
+    def _seconds_of(self, kind: str, choice: int) -> float:
+        """Of late; at first by the profile, and by what a plain step of its kind takes beside the profile's."""
         assert self.profile is not None
+        if (kind, choice) in self._seconds:
+            return self._seconds[kind, choice]
         if choice == TREE:
             measured = self.profile.tree or math.inf
         else:
@@ -176,18 +189,21 @@ class Pace:
         plain = self.profile.verify[0]
         return measured * max(self._seconds.get((kind, 0), plain) / plain, 0.1)
 
-    def _fastest(self, texts: Sequence[Tally], kind: str) -> int:
+    def _fastest(self, texts: Sequence[tuple[Tally, int]], waiting: bool, kind: str) -> int:
         if self.profile is None:
             return self.drafts if self.tree is None else TREE
+        tried = sum(tally.tries[0] for tally, _ in texts)
+        hope = HOPE * 0.5 / math.sqrt(tried + HOPE_WEIGHT)  # 0.5: the most that one try can deviate
 
-        def rate(choice: int) -> float:
-            if choice == TREE:
-                tokens = self._tree_tokens / self._tree_weight
-            else:
-                tokens = sum(text.tokens(choice) for text in texts) / max(1, len(texts))
-            return tokens / self._seconds.get((kind, choice), self._expected(kind, choice))
+        def until_the_end(choice: int) -> float:
+            """Seconds, summed over the slots that are of use."""
+            steps = [
+                left / (self._tree_tokens / self._tree_weight if choice == TREE else self.tokens(tally, choice, hope))
+                for tally, left in texts
+            ]
+            return self._seconds_of(kind, choice) * (sum(steps) if waiting else max(steps, default=1.0))
 
         choices = [*self.profile.verify, *([TREE] if self.profile.tree is not None and self.tree is not None else [])]
-        rates = {choice: rate(choice) for choice in choices}
-        best = max(rates, key=lambda choice: rates[choice])
-        return best if rates[best] > MARGIN * rates.get(0, 0) else 0
+        seconds = {choice: until_the_end(choice) for choice in choices}
+        best = min(seconds, key=lambda choice: seconds[choice])
+        return best if MARGIN * seconds[best] < seconds.get(0, math.inf) else 0

@@ -164,9 +164,7 @@ class Verify(Score):
         return judged(drafts, lengths, *super().forward(pending, drafts, lengths, ends, seen, buffers))
 
 
-def judged(
-    drafts: Tensor, lengths: Tensor, logits: Tensor, tapped: Tensor, positions: Tensor
-) -> tuple[Tensor, ...]:
+def judged(drafts: Tensor, lengths: Tensor, logits: Tensor, tapped: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
     """What `Verify` makes of what `Score` gives."""
     targets = chosen(logits)
     accepted = accept_greedy(drafts, targets)
