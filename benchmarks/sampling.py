@@ -46,7 +46,7 @@ def main(
     texts = [prompt_ids(tokenizer, record["prompt"]) for record in interleaved(read_prompts(prompts))[:count]]
     temperatures = temperature or [0.3, 0.7, 1.0, 1.3]
     table = narrow_table(f"τ over {count} prompts, {new_tokens} tokens each", ("way", *map(str, temperatures)))
-    found: dict[str, Any] = {}
+    about, found = {"prompts": count, "new_tokens": new_tokens, "machine": machine()}, dict[str, Any]()
     for way, settings in WAYS.items():
         found[way] = {}
         for degree in temperatures:
@@ -54,11 +54,10 @@ def main(
             sampling = Sampling(temperature=degree, **settings)
             results = [result for _, result in engine.generate(texts, new_tokens, sampling=sampling, progress=console)]
             found[way][str(degree)] = acceptance_json(Acceptance.of(results, engine.n))
+            if json_file is not None:  # what is measured is kept
+                json_file.write_text(json.dumps(about | {"ways": found}, indent=2) + "\n")
         table.add_row(way, *(f"{found[way][str(degree)]['tau']:.2f}" for degree in temperatures))
     console.print(table)
-    if json_file is not None:
-        about = {"prompts": count, "new_tokens": new_tokens, "ways": found, "machine": machine()}
-        json_file.write_text(json.dumps(about, indent=2) + "\n")
 
 
 if __name__ == "__main__":

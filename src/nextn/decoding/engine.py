@@ -214,15 +214,19 @@ class Engine(Batch):
         if self.depth == "auto" and self.drafter and self.pace.profile is None and rows:
             self.pace.profile = measure(self, count)
         turn = self._turn = object()
-        waiting = deque(rows)
+        waiting = deque(row for row in rows if row.limit)
         self.begin(rows, count, goes_on=self.keep)
         self.steps, self._alone = Counter(), False
         self.keep_scores = keep_scores
-        while waiting or any(self.slots):
-            for row in [*self._drop_cancelled(waiting), *self._leaving(waiting)]:
+        done = [row for row in rows if not row.limit]
+        for row in done:
+            row.result.finish = "length"
+        while waiting or done or any(self.slots):
+            for row in [*done, *self._drop_cancelled(waiting), *self._leaving()]:
                 yield row.index, row.result
                 if self._turn is not turn:
                     raise DecodingError("This engine began another generate; what was left of this one is lost.")
+            done = []
             if waiting and not all(self.slots):
                 for row in list(waiting)[: self.slots.count(None)]:
                     row.tally = self.pace.begin_text()
@@ -231,16 +235,12 @@ class Engine(Batch):
             elif any(self.slots):
                 self._step(bool(waiting))
 
-    def _leaving(self, waiting: deque[Row]) -> list[Row]:
-        """The rows that are done leave, and those that ask for nothing."""
+    def _leaving(self) -> list[Row]:
+        """The rows that are done leave."""
         done = [(slot, row) for slot, row in enumerate(self.slots) if row is not None and row.result.finish]
         for slot, row in done:
             self.leave(slot, row)
-        nothing = [row for row in waiting if row.limit == 0]
-        for row in nothing:
-            row.result.finish = "length"
-            waiting.remove(row)
-        return [*(row for _, row in done), *nothing]
+        return [row for _, row in done]
 
     def _drop_cancelled(self, waiting: deque[Row]) -> list[Row]:
         """Mark what was cancelled; those that still wait leave at once."""
@@ -262,8 +262,9 @@ class Engine(Batch):
         kind = "greedy" if greedy else "scores"
         choice = self._drafts_to_read(kind, waiting)
         as_usual = choice == 0 or self.is_fresh
-        begun, before = time.perf_counter(), (self.pending.clone(), self.lengths.clone())
+        begun = time.perf_counter()
         if choice:
+            before = self.pending.clone(), self.lengths.clone()
             with self.clock("draft"):
                 drafts = self.propose(self.tree if choice == TREE else None)
         else:
@@ -348,13 +349,18 @@ def _by_width(codes: dict[int, Callable[..., Any]], eager: Callable[..., Any]) -
     return lambda pending, drafts, *rest: codes.get(drafts.shape[1], eager)(pending, drafts, *rest)
 
 
-def _shown(results: Iterator[tuple[int, Generation]], count: int, console: Console) -> Iterator[tuple[int, Generation]]:
-    """The same results, with a bar."""
+def progress_bar(console: Console) -> Bar:
+    """A spinner, what is done, how many of how many, and the time that has passed."""
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
     )  # fmt: skip
+    return Bar(*columns, console=console, transient=True)
+
+
+def _shown(results: Iterator[tuple[int, Generation]], count: int, console: Console) -> Iterator[tuple[int, Generation]]:
+    """The same results, with a bar."""
     tokens, begun = 0, time.perf_counter()
-    with Bar(*columns, console=console, transient=True) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("generating", total=count)
         for index, result in results:
             tokens += len(result.tokens)

@@ -159,8 +159,8 @@ def custom_generate(
         token_streamer.end()
     pad = getattr(generation_config, "_pad_token_tensor", None)
     padding = int(pad) if pad is not None else next(iter(sorted(stop_tokens)), 0)
-    new = [torch.tensor(each.tokens, device=input_ids.device) for each in found]
-    sequences = torch.cat([input_ids, pad_sequence(new, batch_first=True, padding_value=padding)], dim=1)
+    tokens = [torch.tensor(each.tokens, device=input_ids.device) for each in found]
+    sequences = torch.cat([input_ids, pad_sequence(tokens, batch_first=True, padding_value=padding)], dim=1)
     if not generation_config.return_dict_in_generate:
         return sequences
     return GenerateDecoderOnlyOutput(

@@ -12,12 +12,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from nextn.decoding.engine import Engine, Generation
+from nextn.decoding.engine import Engine, Generation, progress_bar
 from nextn.decoding.pace import TREE
 from nextn.decoding.sampling import Sampling
 from nextn.decoding.tree import Tree
 from nextn.evaluation.acceptance import DEFINITIONS, Acceptance
-from nextn.evaluation.bench import Settings, progress_bar, read
+from nextn.evaluation.bench import Settings, read
 from nextn.evaluation.report import acceptance_json, machine, narrow_table
 from nextn.evaluation.roofline import bound, measure_machine, step_cost
 from nextn.evaluation.speed import Prompt

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoConfig
 
 from nextn.data import prompt_ids, read_prompts
+from nextn.decoding.engine import progress_bar
 from nextn.distill import interleaved
 from nextn.evaluation.acceptance import DEFINITIONS
 from nextn.evaluation.demo import PROMPTS
@@ -330,10 +331,3 @@ def conditions(found: dict[str, Any]) -> str:
         if not found["contenders"][name]["same_text_every_repeat"]:
             lines.append(f"Repeats of {name} gave different texts; the last ones were checked.")
     return "\n".join(lines)
-
-
-def progress_bar(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=console, transient=True,
-    )  # fmt: skip
