@@ -78,7 +78,7 @@ class MultiTokenModel(PreTrainedModel):
         self.base.requires_grad_(not config.freeze_trunk)
         self.train(base.training)
         self._code: dict[Any, tuple[Any, Code | None]] = {}  # by what was asked for, see `compiled`
-        self._paces: dict[Any, Pace] = {}  # what steps take and what drafts bring, see `engine`
+        self._paces: dict[Any, dict[int, Pace]] = {}  # what steps take and what drafts bring, see `engine`
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -301,7 +301,7 @@ class MultiTokenModel(PreTrainedModel):
         stops = end_tokens(self.base) if stop_tokens is None else stop_tokens
         engine = Engine(self.trunk, drafter, rows, stops, **settings)
         if engine.depth == "auto":
-            engine.pace = self._paces.setdefault((rows, engine.tree, None), engine.pace)
+            engine.paces = self._paces.setdefault((engine.tree, None), engine.paces)
         return engine
 
     def generate(  # type: ignore[override]
@@ -370,7 +370,7 @@ class MultiTokenModel(PreTrainedModel):
             return engine
         engine.use(found[1])
         if engine.depth == "auto":
-            engine.pace = self._paces.setdefault((engine.rows, engine.tree, found[1].depths), engine.pace)
+            engine.paces = self._paces.setdefault((engine.tree, found[1].depths), engine.paces)
         return engine
 
     def fingerprint(self) -> list[tuple[int, int]]:

@@ -120,7 +120,8 @@ class Watcher(HeadDrafter):
             if first == 0:
                 self.texts[row] = [-1]  # the first token is in no `following`
             self.texts[row] = self.texts[row][: first + 1] + following[place, : newest + 1].tolist()
-            self.seen.append((list(self.texts[row]), drafts.tokens[place].tolist()))
+            if not asked.seen_only:
+                self.seen.append((list(self.texts[row]), drafts.tokens[place].tolist()))
         return drafts
 
 

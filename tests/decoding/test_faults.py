@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import replace
+import itertools
+from collections import defaultdict
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -78,19 +80,61 @@ def test_an_exception_in_a_users_function_ends_one_text(model, plain, tree):
 
 
 def test_an_exception_in_a_processor_ends_one_text(model, plain):
-    class Fails(tf.LogitsProcessor):
+    class Rule(tf.LogitsProcessor):
         stateless = True
 
         def __call__(self, input_ids, scores):
             if input_ids[0, : len(PROMPTS[3])].tolist() == PROMPTS[3] and input_ids.shape[1] > len(PROMPTS[3]) + 6:
                 raise KeyError("no such rule")
+            return scores.index_fill(1, torch.tensor([5, 7]), -torch.inf)
+
+    alone = model.engine(heads=1, stop_tokens=[])
+    ruled = [
+        dict(alone.generate([prompt], 7 if place == 3 else NEW, sampling=Sampling(processors=(Rule(),))))[0].tokens
+        for place, prompt in enumerate(PROMPTS)
+    ]
+    for tree in (None, Tree(nodes=6)):
+        engine = model.engine(rows=4, stop_tokens=[], tree=tree)
+        streamed: dict[int, list[int]] = defaultdict(list)
+
+        def on_tokens(index: int, tokens: list[int], _origins: list[int], streamed=streamed) -> None:
+            streamed[index] += tokens
+
+        found = dict(engine.generate(PROMPTS, NEW, on_tokens, sampling=Sampling(processors=(Rule(),))))
+        assert [found[index].tokens for index in range(6)] == ruled  # with the rule, up to where it failed
+        assert isinstance(found[3].error, KeyError) and streamed[3] == found[3].tokens
+        works_still(engine, plain)
+
+
+def test_a_processor_that_fails_at_a_rejected_draft_ends_nothing(model, plain):
+    class Picky(tf.LogitsProcessor):
+        """Knows only prefixes of the plain texts."""
+
+        stateless = True
+
+        def __call__(self, input_ids, scores):
+            text = input_ids[0].tolist()
+            if not any((prompt + answer)[: len(text)] == text for prompt, answer in zip(PROMPTS, plain, strict=True)):
+                raise KeyError("no such prefix")
             return scores
 
-    engine = model.engine(rows=4, stop_tokens=[])
-    found = dict(engine.generate(PROMPTS, NEW, sampling=Sampling(processors=(Fails(),))))
-    check(found, plain, but={3})
-    assert isinstance(found[3].error, KeyError) and 0 < len(found[3].tokens) < NEW
-    works_still(engine, plain)
+    for tree in (None, Tree(nodes=6)):
+        engine = model.engine(rows=3, stop_tokens=[], tree=tree)
+        check(dict(engine.generate(PROMPTS, NEW, sampling=Sampling(processors=(Picky(),)))), plain)
+
+
+def test_processors_that_cannot_be_hashed_do_no_harm(model, plain):
+    @dataclass
+    class Rule(tf.LogitsProcessor):
+        stateless = True
+
+        def __call__(self, input_ids, scores):
+            return scores
+
+    check(
+        dict(model.engine(rows=3, stop_tokens=[]).generate(PROMPTS, NEW, sampling=Sampling(processors=(Rule(),)))),
+        plain,
+    )
 
 
 def test_cancelled_texts_end_and_make_room(model, plain):
@@ -261,7 +305,33 @@ def test_the_context_may_end_within_a_draft(model):
             assert found[1].tokens == greedy_reference(model.base, prompts[1], 9)
 
 
-EVENTS = ("cancel", "raise", "stop")
+EVENTS = ("cancel", "drop", "raise", "stop", "process")
+
+
+class Fails(tf.LogitsProcessor):
+    """Lets nothing pass that is longer."""
+
+    stateless = True
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] >= self.length:
+            raise KeyError("too long")
+        return scores
+
+
+def forgetful(propose, every: int):
+    """The drafter has no memory left every so many calls."""
+    calls = itertools.count(1)
+
+    def with_little_memory(*inputs):
+        if next(calls) % every == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return propose(*inputs)
+
+    return with_little_memory
 
 
 @settings(max_examples=100)
@@ -280,7 +350,7 @@ def test_thousands_of_schedules_leave_the_plain_texts(model, plain, data):
 def run_schedule(model, plain, data) -> None:
     """Rows, drafts, trees, chunks, plain steps in between, kept texts, and mishaps at random."""
     order = data.draw(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=7), label="prompts")
-    limits = [data.draw(st.integers(1, NEW)) for _ in order]
+    limits = [data.draw(st.integers(0, NEW)) for _ in order]
     mishaps = {
         place: (data.draw(st.sampled_from(EVENTS)), data.draw(st.integers(1, NEW)))
         for place in data.draw(st.sets(st.integers(0, len(order) - 1), max_size=2))
@@ -294,8 +364,11 @@ def run_schedule(model, plain, data) -> None:
         keep=data.draw(st.booleans(), label="keep"),
         chunk=data.draw(st.sampled_from([1024, 7]), label="chunk"),
     )
-    engine.pace = Restless(3, Profile(dict.fromkeys(range(4), 1.0), 0.0), tree=1.0 if engine.tree else None)
-    engine.pace.plan = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=6), label="pace")
+    pace = Restless(3, Profile(dict.fromkeys(range(4), 1.0), 0.0), tree=1.0 if engine.tree else None)
+    engine.paces = dict.fromkeys(range(1, 5), pace)
+    pace.plan = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=6), label="pace")
+    if every := data.draw(st.sampled_from([0, 0, 2, 5]), label="without memory"):
+        engine.drafter.propose = forgetful(engine.drafter.propose, every)
     emitted: dict[int, int] = {}
 
     def on_tokens(index: int, tokens: list[int], _origins: list[int]) -> None:
@@ -314,22 +387,36 @@ def run_schedule(model, plain, data) -> None:
     drawn = data.draw(st.booleans(), label="drawn")
     texts = drawn_texts(model) if drawn else plain
     sampling = [replace(DRAWN, seed=each) if drawn else Sampling() for each in order]
+    for place, (what, after) in mishaps.items():
+        if what == "process":
+            fails = Fails(len(PROMPTS[order[place]]) + after)
+            sampling[place] = replace(sampling[place], processors=(fails,))
     for _ in range(2):  # the second time on what the first one left behind
         emitted.clear()
-        found = dict(
-            engine.generate([PROMPTS[each] for each in order], limits, on_tokens, stop=stop, sampling=sampling)
-        )
+        found = {}
+        prompts = [PROMPTS[each] for each in order]
+        for index, result in engine.generate(prompts, limits, on_tokens, stop=stop, sampling=sampling):
+            found[index] = result
+            for other, (what, _) in mishaps.items():
+                if what == "drop":
+                    engine.cancel(other)
         assert len(found) == len(order)
         for index, each in enumerate(order):
-            result, expected = found[index], texts[each][: limits[index]]
-            what, after = mishaps.get(index, ("", 0))
-            if what in ("raise", "cancel"):
-                assert result.tokens == expected[: len(result.tokens)]
-                assert len(result.tokens) >= min(after, len(expected))
-            else:
-                assert result.tokens == (expected[:after] if what else expected)
-            assert len(result.origins) == len(result.tokens)
-            assert all(a <= d for a, d in zip(result.accepted, result.drafted, strict=True))
+            check_mishap(found[index], texts[each][: limits[index]], *mishaps.get(index, ("", 0)))
+
+
+def check_mishap(result, expected: list[int], what: str, after: int) -> None:
+    """A text is the plain one, up to where something happened to it."""
+    if what in ("raise", "cancel", "drop"):
+        assert result.tokens == expected[: len(result.tokens)]
+        assert what == "drop" or len(result.tokens) >= min(after, len(expected))
+        assert what != "drop" or result.finish in ("cancelled", "length")
+    else:
+        assert result.tokens == (expected[:after] if what else expected)
+    if what == "process":
+        assert isinstance(result.error, KeyError) == (after < len(expected))
+    assert len(result.origins) == len(result.tokens)
+    assert all(a <= d for a, d in zip(result.accepted, result.drafted, strict=True))
 
 
 DRAWN = Sampling(temperature=1.1, top_k=30, repetition_penalty=1.2)
@@ -348,6 +435,6 @@ class Restless(Pace):
 
     plan = (3,)
 
-    def choose(self, texts, kind="greedy") -> int:
+    def choose(self, texts, waiting=False, behind=False, kind="greedy") -> int:
         self.plan = [*self.plan[1:], self.plan[0]]
         return -1 if self.tree is not None and self.plan[0] == 3 else self.plan[0]

@@ -6,7 +6,7 @@ import pytest
 
 from conftest import greedy_reference
 from nextn.decoding import building
-from nextn.decoding.pace import TREE, Pace, Profile
+from nextn.decoding.pace import RECHECK, TREE, Pace, Profile, Tally
 
 CHEAP = Profile({0: 1.0, 1: 1.05, 2: 1.1, 3: 1.15}, 0.1)
 DEAR = Profile({0: 1.0, 1: 1.9, 2: 2.8, 3: 3.7}, 0.2)
@@ -14,7 +14,7 @@ DEAR = Profile({0: 1.0, 1: 1.9, 2: 2.8, 3: 3.7}, 0.2)
 
 def told(pace: Pace, accepted: list[int], steps: int, waiting: bool = False) -> list[int]:
     """What it chooses while each row accepts so many of the drafts that it is offered."""
-    chosen, texts = [], [pace.begin_text() for _ in accepted]
+    chosen, texts = [], [Tally.empty(pace.drafts) for _ in accepted]
     for _ in range(steps):
         choice = pace.choose([(text, 100) for text in texts], waiting)
         stood = [min(count, choice) if choice != TREE else count for count in accepted]
@@ -39,7 +39,8 @@ def test_where_a_token_more_costs_a_step_more_there_are_plain_steps():
 
 def test_the_depth_follows_what_the_second_draft_brings():
     chosen = told(Pace(3, Profile({0: 1.0, 1: 1.2, 2: 1.6, 3: 2.0}, 0.05)), [1, 1], 200)
-    assert set(chosen[50:]) == {1}
+    assert set(chosen[50:]) == {0, 1} and chosen[50:].count(0) == 1  # a plain step is timed again
+    assert chosen[RECHECK - 1] == 0
 
 
 def test_it_comes_back_when_drafts_are_right_again():
@@ -51,14 +52,14 @@ def test_it_comes_back_when_drafts_are_right_again():
 def test_running_acceptance_is_conditional():
     pace = Pace(3, CHEAP)
     told(pace, [3, 1, 0, 0], 400, waiting=True)
-    assert pace.shared.acceptance == pytest.approx([0.5, 0.5, 1.0], abs=0.02)
-    assert pace.tokens(pace.begin_text(), 3) == pytest.approx(1 + 0.5 + 0.25 + 0.25, abs=0.03)
+    assert pace.acceptance == pytest.approx([0.5, 0.5, 1.0], abs=0.02)
+    assert pace.tokens(Tally.empty(pace.drafts), 3) == pytest.approx(1 + 0.5 + 0.25 + 0.25, abs=0.03)
 
 
 def test_a_text_counts_its_own_tries_and_leans_on_the_others_for_the_rest():
     pace = Pace(1, CHEAP)
     told(pace, [1, 0], 400, waiting=True)
-    text = pace.begin_text()
+    text = Tally.empty(pace.drafts)
     assert pace.tokens(text, 1) == pytest.approx(1.5, abs=0.02)
     for _ in range(4):
         text.note(1, 1, 1e9)
@@ -69,7 +70,7 @@ def test_what_counts_is_the_last_text_to_end_unless_others_wait_for_its_slot():
     profile = Profile({0: 1.0, 3: 1.5}, 0.1)
     pace = Pace(3, profile)
     told(pace, [3, 0], 300, waiting=True)  # 2.5 tokens on the average
-    good, bad = pace.begin_text(), pace.begin_text()
+    good, bad = Tally.empty(pace.drafts), Tally.empty(pace.drafts)
     for _ in range(50):
         good.note(3, 3, 1e9)
         bad.note(3, 0, 1e9)
@@ -85,6 +86,29 @@ def test_a_text_is_left_to_plain_steps_while_another_is_drafted():
     assert told(pace, [3], 5) == [3] * 5
 
 
+def test_deeper_drafts_are_tried_again():
+    pace = Pace(3, Profile({0: 1.0, 1: 1.2, 2: 1.5, 3: 1.8}, 0.05))
+    assert told(pace, [1, 1], 100)[-1] == 1
+    assert told(pace, [3, 3], 400)[-1] == 3
+
+
+def test_one_slow_step_decides_nothing():
+    pace, text = Pace(3, CHEAP), Tally.empty(3)
+    for _ in range(20):
+        pace.note(3, [(text, 3)], 1.25)
+    pace.note(3, [(text, 3)], 60.0)
+    assert pace.choose([(text, 100)]) == 3
+
+
+def test_drafting_that_must_first_catch_up_has_to_bring_that_too():
+    pace, text = Pace(3, Profile({0: 1.0, 3: 1.5}, 0.1)), Tally.empty(3)
+    for _ in range(30):
+        pace.note(3, [(text, 1)], 1.6)
+    pace.note(3, [(text, 1)], 21.6, behind=True)
+    assert pace.choose([(text, 100)]) == 3 == pace.choose([(text, 200)], behind=True)
+    assert pace.choose([(text, 50)], behind=True) == 0
+
+
 def test_a_tree_is_read_where_it_gives_more_for_its_time():
     profile = Profile({0: 1.0, 3: 1.4}, 0.1, tree=1.4)
     assert told(Pace(3, profile, tree=2.5), [3], 100)[-1] == 3
@@ -95,7 +119,7 @@ def test_a_tree_is_read_where_it_gives_more_for_its_time():
 def test_a_profile_is_measured_once_and_kept(trained_model, prompts, monkeypatch, tmp_path):
     monkeypatch.setattr(building, "cache_directory", lambda: tmp_path)
     engine = trained_model.engine(rows=3, stop_tokens=[], depth="auto")
-    engine.pace.profile = None
+    engine.paces.clear()
     found = dict(engine.generate(prompts, 20))
     profile = engine.pace.profile
     assert set(profile.verify) == {0, 1, 2, 3} and profile.draft > 0 and profile.tree is None

@@ -19,17 +19,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nextn.config import Tap
+from nextn.decoding.choosing import asked, choose, reject
 from nextn.decoding.drafting import Asked, Drafter, Drafts, HeadDrafter
-from nextn.decoding.rows import DecodingError, Held, Row, Run, scores_of
-from nextn.decoding.sampling import DRAFT, RESIDUAL, STANDS, Sampling, gumbel, keys, uniform
-from nextn.decoding.tree import Chances, Tree
+from nextn.decoding.rows import DecodingError, Held, Row, Run
+from nextn.decoding.tree import Tree
 from nextn.decoding.verify import (
     Score,
     ScoreTree,
     Verify,
-    accept_by_rejection,
     accept_greedy,
-    chosen,
     follow,
     only_standing,
     standing,
@@ -37,8 +35,6 @@ from nextn.decoding.verify import (
 from nextn.trunk import RaggedCache, Trunk, is_out_of_memory
 
 logger = logging.getLogger(__name__)
-
-ROUND = 256  # more than any number of drafts: (position, draft) as one number
 
 
 @dataclass
@@ -193,7 +189,7 @@ class Batch:
         members = [row for slot in slots if (row := self.slots[slot]) is not None]
         logits = self.trunk.logits(hidden)[:, None]
         at = torch.tensor([[row.length] for row in members], device=hidden.device)
-        targets, scores = self._choose(members, logits, at, [[[]]] * len(slots))
+        targets, scores = choose(members, logits, at, [[[]]] * len(slots))
         self.pending[slots], self.lengths[slots] = targets[:, 0], at[:, 0]
         for place, (row, token) in enumerate(zip(members, targets[:, 0].tolist(), strict=True)):
             if not row.result.finish:
@@ -232,41 +228,14 @@ class Batch:
         at = self.lengths[:, None] + 1 + torch.arange(width, device=tokens.device)
         branches: list[list[list[int]]] = []
         if any(row is not None and row.sampling.reads_text for row in self.slots):
-            branches = [[row[:place] for place in range(width)] for row in tokens.tolist()]
-        run, scores = self._choose(self.slots, logits, at, branches)
+            branches = [[row[:place] for place in range(width)] for row in tokens.clamp(min=0).tolist()]
+        run, scores = choose(self.slots, logits, at, branches)
         accepted = accept_greedy(tokens, run)
-        by_rejection = [slot for slot, row in enumerate(self.slots) if row is not None and row.sampling.rejects]
-        if by_rejection and width > 1:
-            self._reject(by_rejection, drafts, scores, run, accepted)
+        if width > 1:
+            reject(self.slots, drafts, scores, run, accepted)
         positions, tapped = only_standing(positions[:, :width], accepted), tapped[:, :width]
         self.pending, self.lengths = standing(run, accepted, self.lengths)
         return Step(list(self.slots), run, accepted, tapped, positions, scores, logits)
-
-    def _reject(self, slots: list[int], drafts: Drafts, scores: Tensor, run: Tensor, accepted: Tensor) -> None:
-        """Decide over the drafts of some rows by rejection; `run` [B, W] and `accepted` [B] are written."""
-        tokens, p = drafts.tokens[slots], scores[slots].softmax(dim=-1)
-        if drafts.drawn_from is None:
-            q = torch.zeros_like(p[:, :-1]).scatter(2, tokens.clamp(min=0)[..., None], 1.0)
-        else:
-            q = drafts.drawn_from[slots][:, : tokens.shape[1]]
-            usable = q.isfinite().all(dim=-1).long().cumprod(dim=1).bool()  # broken heads: no drafts
-            tokens = torch.where(usable, tokens, -1)
-            q = torch.where(usable[..., None], q, 0)
-        rows = [self.slots[slot] for slot in slots]
-        rounds, seeds = self._rounds(rows, tokens.shape[1]), self._seeds(rows)
-        numbers = uniform(keys(seeds, rounds, STANDS))
-        for block in (False, True):
-            chosen_so = [i for i, slot in enumerate(slots) if self.slots[slot].sampling.block is block]  # type: ignore[union-attr]
-            if not chosen_so:
-                continue
-            count, rest = accept_by_rejection(p[chosen_so], q[chosen_so], tokens[chosen_so], numbers[chosen_so], block)
-            vocabulary = torch.arange(rest.shape[-1], device=rest.device)
-            noise = gumbel(keys(seeds[chosen_so], rounds[chosen_so][:, :1], RESIDUAL)[:, 0], vocabulary)
-            bonus = chosen(rest.log() + noise)
-            those = [slots[i] for i in chosen_so]
-            run[those, :-1] = tokens[chosen_so]
-            run[those, count] = bonus
-            accepted[those] = count
 
     def verify_tree(self, drafts: Drafts) -> Step:
         assert drafts.shape is not None
@@ -275,7 +244,7 @@ class Batch:
         inputs = self.inputs(drafts.tokens)
         logits, tapped, positions = self.score_tree(tokens, depths, sees, *inputs[2:])
         paths = self._paths(tokens, sees) if any(row and row.sampling.reads_text for row in self.slots) else []
-        targets, scores = self._choose(self.slots, logits, self.lengths[:, None] + 1 + depths, paths)
+        targets, scores = choose(self.slots, logits, self.lengths[:, None] + 1 + depths, paths)
         accepted, path = follow(tokens, parents, depths, targets, self.n - 1)
         steps = torch.arange(self.n, device=path.device)
         path = torch.where(steps <= accepted[:, None], path, 0)
@@ -295,36 +264,11 @@ class Batch:
     @staticmethod
     def _paths(tokens: Tensor, sees: Tensor) -> list[list[list[int]]]:
         """For each row and node of a tree the drafts up to it."""
-        listed, follows = tokens.tolist(), sees.tolist()
+        listed, follows = tokens.clamp(min=0).tolist(), sees.tolist()
         return [
             [[token for token, on_path in zip(row[1:], path[1:], strict=True) if on_path] for path in paths]
             for row, paths in zip(listed, follows, strict=True)
         ]
-
-    def _choose(
-        self, rows: Sequence[Row | None], logits: Tensor, at: Tensor, branches: Sequence[Sequence[Sequence[int]]]
-    ) -> tuple[Tensor, Tensor]:
-        """The trunk's choices [B, W] from logits [B, W, V], and the scores that they were made by.
-
-        Args:
-            at: the places in the text of the tokens that are chosen [B, W].
-            branches: see `scores_of`.
-        """
-        scores = scores_of(rows, logits, branches)
-        # What rejection decides over the drafts of needs no noise here.
-        drawing = [
-            row is not None and row.sampling.by_chance and not (row.sampling.rejects and at.shape[1] > 1)
-            for row in rows
-        ]
-        if not any(drawing):
-            return chosen(scores), scores
-        seeds = self._seeds(rows)
-        # Noise lies between -2.9 and 22.2: nothing that is further behind the best token can win.
-        likely = scores > scores.amax(dim=-1, keepdim=True) - 25.2
-        likely &= torch.tensor(drawing, device=at.device)[:, None, None]
-        row, place, token = likely.nonzero(as_tuple=True)
-        noise = gumbel(keys(seeds, at)[row, place], token[:, None])[:, 0]
-        return chosen(scores.index_put((row, place, token), noise, accumulate=True)), scores
 
     def inputs(self, drafts: Tensor) -> tuple:
         """What `Verify` takes."""
@@ -362,7 +306,14 @@ class Batch:
         if self.fresh is not None and self.is_fresh:
             # A text that broke off with logits that are no numbers leaves no token behind.
             states = self.fresh.tapped, self.fresh.positions, self.fresh.run.clamp(min=0), self.fresh.accepted
-            drafts = _fits(partial(self.drafter.propose, *states, self.all_rows, self._asked(tree, None)))
+            drafts = _fits(
+                partial(
+                    self.drafter.propose,
+                    *states,
+                    self.all_rows,
+                    asked(self.slots, self.n - 1, tree, self.lengths.device),
+                )
+            )
         else:
             self.set_aside()
             chunks = (self.chunk, max(8, self.chunk // 16))
@@ -380,21 +331,32 @@ class Batch:
         return drafts
 
     def _draft_after(self, active: list[int], chunk: int, tree: Tree | None) -> Drafts:
-        """Drafts of some rows; what is long goes ahead, row by row and in parts, so that others need not be padded."""
+        """Drafts of some rows, from all that the drafter has not seen of them."""
         assert self.drafter is not None
         members = [(slot, row) for slot in active if (row := self.slots[slot]) is not None]
         for _, row in members:
             row.unread = [torch.cat(row.unread)]
         lengths = [len(row.unread[0]) for _, row in members]
         part = chunk if 2 * sum(lengths) > max(lengths) * len(lengths) else min(chunk, 2 * min(lengths) + 16)
-        for slot, row in members:
-            while len(states := row.unread[0]) > part:
-                ahead = min(chunk, len(states) - 1)
-                self.drafter.propose(*self._window([slot], [states[:ahead]]), self._asked(tree, [slot]))
-                row.unread, row.read = [states[ahead:]], row.read + ahead
+        for member in members:  # what is long goes ahead, row by row, so that others need not be padded
+            while len(member[1].unread[0]) > part:
+                self._show([member], leave=max(part, len(member[1].unread[0]) - chunk))
+        if isinstance(self.drafter, HeadDrafter) and self.drafter.compiled:  # which takes the states of one step
+            self._show([member for member in members if len(member[1].unread[0]) > self.n], leave=self.n)
         return self.drafter.propose(
-            *self._window(active, [row.unread[0] for _, row in members]), self._asked(tree, active)
+            *self._window(active, [row.unread[0] for _, row in members]),
+            asked([row for _, row in members], self.n - 1, tree, self.lengths.device),
         )
+
+    def _show(self, members: list[tuple[int, Row]], leave: int) -> None:
+        """Let the drafter see what some rows have set aside, but for the newest `leave` states of each."""
+        assert self.drafter is not None
+        if not members:
+            return
+        states = [row.unread[0][:-leave] for _, row in members]
+        self.drafter.propose(*self._window([slot for slot, _ in members], states), Asked(seen_only=True))
+        for (_, row), seen in zip(members, states, strict=True):
+            row.unread, row.read = [row.unread[0][len(seen) :]], row.read + len(seen)
 
     def _spread(self, found: Drafts, active: list[int]) -> Drafts:
         """Drafts of some rows as drafts of all slots."""
@@ -440,32 +402,6 @@ class Batch:
                 row.unread.append(tapped[slot, : count + 1])
         self.fresh = None
 
-    def _asked(self, tree: Tree | None, slots: list[int] | None) -> Asked:
-        """The kind of drafts that the samplings of some rows call for (None: of all slots)."""
-        rows = self.slots if slots is None else [self.slots[slot] for slot in slots]
-        drawing = [row is not None and row.sampling.by_chance for row in rows]
-        noisy = [row for row in rows if row is not None and _draws_drafts(row.sampling)]
-        if not any(drawing) or not noisy:
-            return Asked(tree=tree)
-        device = self.all_rows.device
-        temperatures = [row.sampling.draft_temperature if row and _draws_drafts(row.sampling) else 0.0 for row in rows]
-        seeds = self._seeds(rows)
-        at = torch.tensor([[row.length] if row else [0] for row in rows], device=device)
-        numbers = torch.arange(self.n - 1, device=device)
-        coupled = keys(seeds, at + numbers)
-        apart = keys(seeds, self._rounds(rows, self.n - 1), DRAFT)
-        rejects = torch.tensor([bool(row and row.sampling.rejects) for row in rows], device=device)
-        chances = Chances(torch.tensor(temperatures, device=device), torch.where(rejects[:, None], apart, coupled))
-        return Asked(chances, drawn=bool(rejects.any()), tree=tree)
-
-    def _seeds(self, rows: Sequence[Row | None]) -> Tensor:
-        return torch.tensor([row.seed if row else 0 for row in rows], device=self.all_rows.device)
-
-    def _rounds(self, rows: Sequence[Row | None], drafts: int) -> Tensor:
-        """A number for each draft of this step of some rows [B, drafts], which no other step has."""
-        at = torch.tensor([[row.length if row else 0] for row in rows], device=self.all_rows.device)
-        return at * ROUND + torch.arange(drafts, device=at.device)
-
 
 def _fits(work: Callable[[], Any]) -> Any:
     """What it gives, None for want of memory. What failed is let go of on return, so there is room to try again."""
@@ -475,7 +411,3 @@ def _fits(work: Callable[[], Any]) -> Any:
         if not is_out_of_memory(error):
             raise
         return None
-
-
-def _draws_drafts(sampling: Sampling) -> bool:
-    return sampling.by_chance and (not sampling.rejects or sampling.sampled_drafts)

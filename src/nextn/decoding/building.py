@@ -116,6 +116,8 @@ def example(engine: Engine, drafts: int, padding: int = 0, rows: int | None = No
     texts = [Row(index, Generation([0] * length), PADDING + engine.n) for index in range(count)]
     engine.begin(texts, count)
     engine.admit(deque(texts))
+    if (error := next((row.result.error for row in texts if row.result.error), None)) is not None:
+        raise error
     tokens = torch.full((count, drafts + padding), -1, device=engine.trunk.device)
     return engine.inputs(tokens)
 

@@ -68,14 +68,22 @@ class Asked:
     chances: the noise; None for the best tokens.
     drawn: whether the probabilities are wanted from which the noise drew.
     tree: None for a chain.
+    seen_only: nothing is wanted but that the drafter has seen the states.
     """
 
     chances: Chances | None = None
     drawn: bool = False
     tree: Tree | None = None
+    seen_only: bool = False
 
 
 BEST = Asked()
+
+
+class FirstDraft(BestTokens):
+    """As little as heads can do while they see states."""
+
+    levels: int | None = 1
 
 
 class NoisyTokens(Chain):
@@ -152,6 +160,8 @@ class HeadDrafter:
         return Drafts(tokens, drawn_from=None if drawn is None else torch.stack(drawn, dim=1))
 
     def _growth(self, asked: Asked, rows: int) -> Growth:
+        if asked.seen_only:
+            return FirstDraft()
         if asked.tree is not None:
             none = Chances(
                 torch.zeros(rows, device=self.trunk.device),

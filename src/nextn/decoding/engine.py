@@ -23,11 +23,11 @@ from nextn.decoding.batch import Batch
 from nextn.decoding.building import Code, build, measure
 from nextn.decoding.compiled import CompileError, Progress, on_stderr
 from nextn.decoding.drafting import Drafter, Drafts, HeadDrafter
-from nextn.decoding.pace import TREE, Pace
+from nextn.decoding.pace import TREE, Pace, Profile, Tally
 from nextn.decoding.rows import DecodingError, Generation, OnTokens, Row, Run, Stop
 from nextn.decoding.sampling import GREEDY, Sampling
 from nextn.decoding.tree import Tree
-from nextn.trunk import Trunk
+from nextn.trunk import Trunk, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ class Engine(Batch):
         rows: how many prompts are decoded side by side.
         stop_tokens: ids that end a text; they are emitted.
         depth: how many drafts a step reads: a number, None for all that there are, or `auto`: step by step what gives
-            most tokens a second, by times that are measured once a machine and by what drafts bring; plain steps
-            where drafting does not pay.
+            the texts to their ends soonest, by times that are measured once a machine and by what drafts bring; plain
+            steps where drafting does not pay.
         tree: read a tree of drafts, not a chain; with `auto` where that is faster.
         keep: keep what was read of a text after it ended, so that a prompt that begins like it is read from there on.
         chunk: how many tokens of a prompt one forward reads.
@@ -56,7 +56,7 @@ class Engine(Batch):
     Attributes:
         code: the step as machine code; None where it runs eagerly.
         why_eager: why it could not be compiled.
-        pace: decides how far to draft, and knows what drafts bring.
+        pace: decides how far to draft, and knows what drafts bring; `paces` are those by number of rows at work.
         steps: how many steps read so many drafts since the last call of `generate` began, TREE for a tree; `seconds`
             are counted from there too, and what they leave of the time went into the loop.
 
@@ -83,8 +83,10 @@ class Engine(Batch):
         self.stop_tokens = frozenset(stop_tokens)
         self.code: Code | None = None
         self.why_eager: str | None = None
-        self.pace = Pace(self.n - 1, tree=None if tree is None else 1.0 + (tree.depth or self.n - 1) / 2)
+        self.paces: dict[int, Pace] = {}
+        self.pace = self._new_pace()
         self.steps: Counter[int] = Counter()
+        self._eager = self.verify, self.score
         self._cancelled: set[int] = set()
         self._turn: object = None
 
@@ -93,7 +95,7 @@ class Engine(Batch):
     def compile(self, progress: Progress = on_stderr, sampling: bool = False) -> Engine:
         """Have the step run as machine code from now on, always for `rows` rows.
 
-        The weights must not change afterwards. A plain step is the faster one of a bare and of a padded one.
+        The weights must not change afterwards. A plain step of few rows is the faster one of a bare and a padded one.
 
         Args:
             progress: shown while something is compiled, which takes minutes once a machine; a function from a message
@@ -116,8 +118,8 @@ class Engine(Batch):
     def use(self, code: Code) -> Engine:
         """Run the step as machine code that an engine like this one was compiled to."""
         self.code, self.padding = code, code.padding
-        self.pace = Pace(self.n - 1, tree=self.pace.tree)  # what steps took so far is of no use
-        self.verify, self.score = _by_width(code.verify, self.verify), _by_width(code.score, self.score)
+        self.paces = {}  # what steps took so far is of no use
+        self.verify, self.score = _by_width(code.verify, self._eager[0]), _by_width(code.score, self._eager[1])
         if isinstance(self.drafter, HeadDrafter):
             self.drafter.compiled, self.drafter.compiled_noisy = code.draft, code.noisy_draft
         return self
@@ -194,6 +196,7 @@ class Engine(Batch):
                 sampling=each.for_one_text() if count > 1 else each,
                 seed=seed % 2**62,
                 stop_tokens=self.stop_tokens,
+                tally=Tally.empty(self.n - 1),
             )
             for index, (prompt, limit, each, seed) in enumerate(zip(prompts, limits, several, seeds, strict=True))
         ]
@@ -211,8 +214,9 @@ class Engine(Batch):
     def _results(self, rows: list[Row], keep_scores: bool) -> Iterator[tuple[int, Generation]]:
         # What is compiled has a fixed number of rows; otherwise a free row would cost for nothing.
         count = self.rows if self.code or self.keep else max(1, min(self.rows, len(rows)))
+        self.pace = self.paces.setdefault(count, self._new_pace())
         if self.depth == "auto" and self.drafter and self.pace.profile is None and rows:
-            self.pace.profile = measure(self, count)
+            self.pace.profile = self._measured(count)
         turn = self._turn = object()
         waiting = deque(row for row in rows if row.limit)
         self.begin(rows, count, goes_on=self.keep)
@@ -227,13 +231,26 @@ class Engine(Batch):
                 if self._turn is not turn:
                     raise DecodingError("This engine began another generate; what was left of this one is lost.")
             done = []
+            if self._cancelled:  # by whoever was told of these
+                continue
             if waiting and not all(self.slots):
-                for row in list(waiting)[: self.slots.count(None)]:
-                    row.tally = self.pace.begin_text()
                 with self.clock("prefill"):
                     self.admit(waiting)
             elif any(self.slots):
                 self._step(bool(waiting))
+
+    def _new_pace(self) -> Pace:
+        return Pace(self.n - 1, tree=None if self.tree is None else 1.0 + (self.tree.depth or self.n - 1) / 2)
+
+    def _measured(self, rows: int) -> Profile:
+        """What steps take with so many rows; where they cannot be tried there are plain ones alone."""
+        try:
+            return measure(self, rows)
+        except Exception as error:
+            if not is_out_of_memory(error) and not isinstance(error, DecodingError):
+                raise
+            logger.warning("Steps with drafts cannot be tried on %s rows (%s): no drafts.", rows, error)
+            return Profile({0: 1.0}, 0.0)
 
     def _leaving(self) -> list[Row]:
         """The rows that are done leave."""
@@ -246,7 +263,7 @@ class Engine(Batch):
         """Mark what was cancelled; those that still wait leave at once."""
         asked, self._cancelled = self._cancelled, set()
         for row in self.slots:
-            if row is not None and row.index in asked:
+            if row is not None and row.index in asked and not row.result.finish:
                 row.result.finish = "cancelled"
         left = [row for row in waiting if row.index in asked]
         for row in left:
@@ -260,8 +277,8 @@ class Engine(Batch):
         """Drafts, one trunk forward over the pending token and the drafts of every row, and what stands of them."""
         greedy = self.is_greedy()
         kind = "greedy" if greedy else "scores"
-        choice = self._drafts_to_read(kind, waiting)
-        as_usual = choice == 0 or self.is_fresh
+        behind = not self.is_fresh
+        choice = self._drafts_to_read(kind, waiting, behind)
         begun = time.perf_counter()
         if choice:
             before = self.pending.clone(), self.lengths.clone()
@@ -281,31 +298,37 @@ class Engine(Batch):
         self.fresh = step
         self.steps[choice] += 1
         stood = [(row.tally, count) for count, row in zip(counts, self.slots, strict=True) if row is not None]
-        self.pace.note(choice, stood, time.perf_counter() - begun if as_usual else None, kind)
+        self.pace.note(choice, stood, time.perf_counter() - begun, behind, kind)
         self._alone = False
         drafted = (self.tree.depth or self.n - 1) if choice == TREE and self.tree else choice
         for slot, (run, count) in enumerate(zip(runs, counts, strict=True)):
             row = self.slots[slot]
-            if row is not None and choice and run[0] < 0:
+            if row is None:
+                continue
+            if choice and (run[0] < 0 or row.result.finish):
+                row.result.finish, row.result.error = "", None
                 self._take_back(slot, before)
-            elif row is not None:
+            elif not row.result.finish:
                 kept = self.kept(slot, count + 1, step.scores, step.logits)
                 row.emit(Run(run[: count + 1], [*range(1, count + 1), 0], count, drafted, **kept))
 
     def _take_back(self, slot: int, before: tuple[Tensor, Tensor]) -> None:
-        """Undo a step of a row whose logits are no numbers: it may be a draft's doing. The next step is plain."""
+        """Undo a step of a row whose logits are no numbers, or whose processors raised: it may be a draft's doing.
+
+        The next step is plain.
+        """
         assert self.fresh is not None
         self.pending[slot], self.lengths[slot] = before[0][slot], before[1][slot]
         self.fresh.positions[slot], self.fresh.rows[slot] = -1, None
         self.cache.clear(slot, int(before[1][slot]))
         self._alone = True
 
-    def _drafts_to_read(self, kind: str, waiting: bool) -> int:
+    def _drafts_to_read(self, kind: str, waiting: bool, behind: bool) -> int:
         if self.drafter is None or self._alone or any(row is not None and row.sampling.stateful for row in self.slots):
             return 0
         if self.depth == "auto":
             texts = [(row.tally, row.limit - len(row.result.tokens)) for row in self.slots if row is not None]
-            return self.pace.choose(texts, waiting, kind)
+            return self.pace.choose(texts, waiting, behind, kind)
         return TREE if self.tree is not None else int(self.depth)
 
     def _check(self, prompt: Sequence[int], limit: int) -> None:

@@ -2,9 +2,10 @@
 
 A step that reads d drafts a row gives a text E(d) = 1 + a_1 + a_1·a_2 + … tokens, a_i being the conditional acceptance
 of draft i, and takes as long as such steps took of late, or when they were measured at first: the verification of
-B·(1 + d) tokens and the drafting. d = 0 is a plain step. A text with r tokens to go needs r / E(d) such steps. While
-prompts wait for its slot, what counts is the sum of these over the texts; when none does, the largest: the others'
-slots are of no use then. (Goodput, as in SmartSpec, Liu et al. 2024, arXiv:2406.14066, with times that are measured.)
+B·(1 + d) tokens and the drafting. d = 0 is a plain step. A text with r tokens to go needs r / E(d) such steps, and
+where the heads have not seen all of it yet, what that takes. While prompts wait for its slot, what counts is the sum
+over the texts; when none does, the largest: the others' slots are of no use then. (Goodput, as in SmartSpec, Liu et
+al. 2024, arXiv:2406.14066, with times that are measured.)
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ PRIOR, PRIOR_WEIGHT = 0.7, 2.0  # what is thought of a draft's acceptance before
 SHARED_WEIGHT = 4.0  # how many tries of its own a text needs to count as much as what the others saw
 MEMORY, SHARED_MEMORY = 60, 150  # tries after which one weighs 1/e, for a text and for all: texts come in kinds
 HOPE, HOPE_WEIGHT = 0.25, 4.0  # standard deviations by which new texts may be better than those before, so as to see
-RATE = 0.25  # weight of the newest step in the running mean of what steps take
-MARGIN = 1.08  # how much faster drafting must be for a plain step to be left
+RATE, OUTLIER = (
+    0.25,
+    2.0,
+)  # weight of the newest step in the running mean of what steps take, counted at most twice as long
+MARGIN = 1.05  # how much faster drafting must be for a plain step to be left
+RECHECK = 128  # steps with drafts, one after the other, until a plain one is timed again
 FIRST_LOOK, LONGEST_WAIT = 256, 4096  # plain steps until drafts are tried again; after each time twice as many
 STEADY = 16  # steps with drafts after which they are no mere try any more
 
@@ -73,10 +78,17 @@ class Tally:
     def empty(cls, drafts: int) -> Tally:
         return cls([0.0] * drafts, [0.0] * drafts)
 
-    @property
-    def acceptance(self) -> list[float]:
-        """Conditional, by draft."""
-        return [hits / tries for hits, tries in zip(self.hits, self.tries, strict=True)]
+    def acceptance(self, otherwise: Sequence[float], weight: float) -> list[float]:
+        """Conditional, by draft: what it saw, and what is thought `otherwise` as if seen in so many tries."""
+        return [
+            (hits + weight * share) / (tries + weight)
+            for tries, hits, share in zip(self.tries, self.hits, otherwise, strict=True)
+        ]
+
+    def forget(self, after: int = 0, keep: float = 0.0) -> None:
+        """What the drafts after some were good for may change while they are not tried."""
+        self.tries[after:] = [keep * tries for tries in self.tries[after:]]
+        self.hits[after:] = [keep * hits for hits in self.hits[after:]]
 
     def note(self, drafted: int, accepted: int, memory: float) -> None:
         """A step with so many drafts; after `memory` more tries one weighs 1/e."""
@@ -102,68 +114,18 @@ class Pace:
     def __post_init__(self) -> None:
         self._plain_steps, self._patience, self._streak = 0, FIRST_LOOK, 0
         self._seconds: dict[tuple[str, int], float] = {}  # running mean of real steps, by kind and choice
+        self._catching_up: float | None = None  # running mean of what the heads need to see a text, in seconds
         self._start_anew()
 
     def _start_anew(self) -> None:
         """Forget what drafts brought."""
-        self.shared = Tally([PRIOR_WEIGHT] * self.drafts, [PRIOR * PRIOR_WEIGHT] * self.drafts)
-        self._tree_weight, self._tree_tokens = PRIOR_WEIGHT, PRIOR_WEIGHT * (self.tree or 0)
+        self._shared = Tally.empty(self.drafts)
+        self._tree_tokens, self._tree_steps = 0.0, 0.0
 
-    def begin_text(self) -> Tally:
-        """The tally of a new text."""
-        return Tally.empty(self.drafts)
-
-    def choose(self, texts: Sequence[tuple[Tally, int]], waiting: bool = False, kind: str = "greedy") -> int:
-        """How many drafts the next step reads; 0 for a plain step, TREE for the tree.
-
-        Args:
-            texts: the tally of each row at work, and how many tokens it may still emit.
-            waiting: whether prompts wait for a slot.
-            kind: of step, where some take longer than others; of each kind the first step is plain, to know them.
-        """
-        if self.profile is not None and kind != "greedy" and (kind, 0) not in self._seconds:
-            return 0
-        if choice := self._fastest(texts, waiting, kind):
-            self._plain_steps, self._streak = 0, self._streak + 1
-            if self._streak == STEADY:
-                self._patience = FIRST_LOOK
-            return choice
-        self._plain_steps, self._streak = self._plain_steps + 1, 0
-        if self._plain_steps < self._patience:
-            return 0
-        # What drafts brought was long ago: start from what is thought of any drafts, and see.
-        self._plain_steps, self._patience = 0, min(2 * self._patience, LONGEST_WAIT)
-        self._start_anew()
-        for tally, _ in texts:
-            tally.tries, tally.hits = [0.0] * self.drafts, [0.0] * self.drafts
-        for known in [known for known in self._seconds if known[1]]:
-            del self._seconds[known]
-        return self._fastest(texts, waiting, kind)
-
-    def note(
-        self,
-        choice: int,
-        accepted: Sequence[tuple[Tally, int]],
-        seconds: float | None = None,
-        kind: str = "greedy",
-    ) -> None:
-        """What came of a step.
-
-        Args:
-            accepted: how many drafts of each text stood.
-            seconds: what it took, drafting included; None where it did what steps do not do.
-        """
-        if seconds is not None and self.profile is not None:
-            usual = self._seconds_of(kind, choice)
-            self._seconds[kind, choice] = usual + RATE * (seconds - usual)
-        if choice == TREE and accepted:
-            keep = math.exp(-1 / MEMORY)
-            self._tree_weight = keep * self._tree_weight + len(accepted)
-            self._tree_tokens = keep * self._tree_tokens + len(accepted) + sum(count for _, count in accepted)
-            return
-        for tally, count in accepted:
-            tally.note(choice, count, MEMORY)
-            self.shared.note(choice, count, SHARED_MEMORY)
+    @property
+    def acceptance(self) -> list[float]:
+        """Of late, over all texts; conditional, by draft."""
+        return self._shared.acceptance([PRIOR] * self.drafts, PRIOR_WEIGHT)
 
     def tokens(self, tally: Tally, drafts: int, hope: float = 0.0) -> float:
         """E(d) of a text: its own acceptance as far as it is known, that of all before and beside it otherwise.
@@ -172,10 +134,76 @@ class Pace:
             hope: added to each draft's acceptance.
         """
         expected, standing = 1.0, 1.0
-        for tries, hits, share in zip(tally.tries[:drafts], tally.hits, self.shared.acceptance, strict=False):
-            standing *= min(1.0, (hits + SHARED_WEIGHT * share) / (tries + SHARED_WEIGHT) + hope)
+        for share in tally.acceptance(self.acceptance, SHARED_WEIGHT)[:drafts]:
+            standing *= min(1.0, share + hope)
             expected += standing
         return expected
+
+    def choose(
+        self, texts: Sequence[tuple[Tally, int]], waiting: bool = False, behind: bool = False, kind: str = "greedy"
+    ) -> int:
+        """How many drafts the next step reads; 0 for a plain step, TREE for the tree.
+
+        Args:
+            texts: the tally of each row at work, and how many tokens it may still emit.
+            waiting: whether prompts wait for a slot.
+            behind: whether the heads have yet to see more than the last step.
+            kind: of step, where some take longer than others; of each kind the first step is plain, to know them.
+        """
+        if self.profile is not None and kind != "greedy" and (kind, 0) not in self._seconds:
+            return 0
+        if choice := self._soonest(texts, waiting, behind, kind):
+            self._plain_steps, self._streak = 0, self._streak + 1
+            if self._streak == STEADY:
+                self._patience = FIRST_LOOK
+            return 0 if self.profile and self._streak % RECHECK == 0 else choice
+        self._plain_steps, self._streak = self._plain_steps + 1, 0
+        if self._plain_steps < self._patience:
+            return 0
+        # What drafts brought was long ago: start from what is thought of any drafts, and see.
+        self._plain_steps, self._patience = 0, min(2 * self._patience, LONGEST_WAIT)
+        self._start_anew()
+        for tally, _ in texts:
+            tally.forget()
+        for known in [known for known in self._seconds if known[1]]:
+            del self._seconds[known]
+        return self._soonest(texts, waiting, behind, kind)
+
+    def note(
+        self,
+        choice: int,
+        accepted: Sequence[tuple[Tally, int]],
+        seconds: float | None = None,
+        behind: bool = False,
+        kind: str = "greedy",
+    ) -> None:
+        """What came of a step.
+
+        Args:
+            accepted: how many drafts of each text stood.
+            seconds: what it took, drafting included.
+            behind: whether the heads had to catch up.
+        """
+        if seconds is not None and self.profile is not None:
+            self._note_seconds(choice, seconds, behind, kind)
+        if choice == TREE:
+            keep = math.exp(-1 / MEMORY)
+            self._tree_steps = keep * self._tree_steps + len(accepted)
+            self._tree_tokens = keep * self._tree_tokens + len(accepted) + sum(count for _, count in accepted)
+            return
+        for tally, count in accepted:
+            tally.note(choice, count, MEMORY)
+            self._shared.note(choice, count, SHARED_MEMORY)
+            if choice:
+                self._shared.forget(choice, math.exp(-1 / SHARED_MEMORY))
+
+    def _note_seconds(self, choice: int, seconds: float, behind: bool, kind: str) -> None:
+        usual = self._seconds_of(kind, choice)
+        if choice and behind:
+            before, now = self._catching_up, max(0.0, seconds - usual)
+            self._catching_up = now if before is None else before + RATE * (now - before)
+        else:
+            self._seconds[kind, choice] = usual + RATE * (min(seconds, OUTLIER * usual) - usual)
 
     def _seconds_of(self, kind: str, choice: int) -> float:
         """Of late; at first by the profile, and by what a plain step of its kind takes beside the profile's."""
@@ -189,19 +217,19 @@ class Pace:
         plain = self.profile.verify[0]
         return measured * max(self._seconds.get((kind, 0), plain) / plain, 0.1)
 
-    def _fastest(self, texts: Sequence[tuple[Tally, int]], waiting: bool, kind: str) -> int:
+    def _soonest(self, texts: Sequence[tuple[Tally, int]], waiting: bool, behind: bool, kind: str) -> int:
         if self.profile is None:
             return self.drafts if self.tree is None else TREE
         tried = sum(tally.tries[0] for tally, _ in texts)
         hope = HOPE * 0.5 / math.sqrt(tried + HOPE_WEIGHT)  # 0.5: the most that one try can deviate
+        of_tree = ((self.tree or 0) * PRIOR_WEIGHT + self._tree_tokens) / (PRIOR_WEIGHT + self._tree_steps)
 
         def until_the_end(choice: int) -> float:
             """Seconds, summed over the slots that are of use."""
-            steps = [
-                left / (self._tree_tokens / self._tree_weight if choice == TREE else self.tokens(tally, choice, hope))
-                for tally, left in texts
-            ]
-            return self._seconds_of(kind, choice) * (sum(steps) if waiting else max(steps, default=1.0))
+            steps = [left / (of_tree if choice == TREE else self.tokens(tally, choice, hope)) for tally, left in texts]
+            first = (self._catching_up or 0.0) if choice and behind else 0.0
+            seconds = [first + self._seconds_of(kind, choice) * each for each in steps]
+            return sum(seconds) if waiting else max(seconds, default=1.0)
 
         choices = [*self.profile.verify, *([TREE] if self.profile.tree is not None and self.tree is not None else [])]
         seconds = {choice: until_the_end(choice) for choice in choices}

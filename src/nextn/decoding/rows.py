@@ -121,7 +121,7 @@ class Row:
                 self.result.finish = self.result.finish or "stop"
                 return place
             if len(self.result.tokens) + place == self.limit:
-                self.result.finish = "length"
+                self.result.finish = self.result.finish or "length"
                 return place
         return len(tokens)
 
@@ -165,41 +165,3 @@ class Held:
             row.unread = [torch.cat(self.unread)[: same - self.read]]
         else:
             row.held = row.read = max(0, same - back)
-
-
-def scores_of(rows: Sequence[Row | None], logits: Tensor, branches: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-    """Logits of all rows [B, W, V] -> scores after each row's processors, float32.
-
-    A row whose processors raise ends with that error; its scores mean nothing.
-
-    Args:
-        branches: for each row and place, the tokens between the row's text and the token that is chosen there.
-    """
-    groups: dict[Sampling, list[int]] = {}
-    for slot, row in enumerate(rows):
-        if row is not None and row.sampling.all_processors:
-            groups.setdefault(row.sampling.settings, []).append(slot)
-    scores = logits.to(torch.float32, copy=bool(groups))
-    for slots in groups.values():
-        try:
-            scores[slots] = _processed(rows, logits, branches, slots)
-        except Exception:  # one of them: find out whose
-            for slot in slots:
-                try:
-                    scores[slot] = _processed(rows, logits, branches, [slot])[0]
-                except Exception as error:
-                    rows[slot].fail(error)  # type: ignore[union-attr]
-    return scores
-
-
-def _processed(
-    rows: Sequence[Row | None], logits: Tensor, branches: Sequence[Sequence[Sequence[int]]], slots: list[int]
-) -> Tensor:
-    members = [row for slot in slots if (row := rows[slot]) is not None]
-    sampling = members[0].sampling
-    texts: list[list[Tensor]] = []
-    if sampling.reads_text:
-        for slot, row in zip(slots, members, strict=True):
-            text = row.text
-            texts.append([torch.tensor(text + list(branch), device=logits.device) for branch in branches[slot]])
-    return sampling.scores(logits[slots], texts)

@@ -126,9 +126,10 @@ class Sampling:
         return LogitsProcessorList(found)
 
     @cached_property
-    def settings(self) -> Sampling:
-        """The same without the seed: rows with equal settings are processed together."""
-        return replace(self, seed=0)
+    def settings(self) -> tuple:
+        """What scores are made by: rows with equal settings are processed together."""
+        numbers = self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+        return (*numbers, *map(id, self.processors))
 
     @cached_property
     def stateful(self) -> list[str]:

@@ -162,7 +162,7 @@ class TreeGrowth:
         self.confidence.append(confidence)
         self.before.append(path)
         self.beyond = path
-        return Level(path, above, self._branches(newest, depth - 1))
+        return Level(path.clamp(min=0), above, self._branches(newest, depth - 1))  # whatever follows no draft is none
 
     def drafts(self) -> Tensor:
         """All nodes but the pending token [B, T-1]."""
