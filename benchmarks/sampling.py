@@ -18,7 +18,7 @@ from nextn.data import prompt_ids, read_prompts
 from nextn.decoding.sampling import Sampling
 from nextn.distill import interleaved
 from nextn.evaluation.acceptance import Acceptance
-from nextn.evaluation.report import acceptance_json, machine, narrow_table
+from nextn.evaluation.report import acceptance_cells, acceptance_json, machine, narrow_table
 from nextn.formats.bundled import best_dtype, bundled_model, shipped_heads
 from nextn.formats.native import load, load_base, load_tokenizer
 
@@ -45,8 +45,8 @@ def main(
     tokenizer = load_tokenizer(base)
     texts = [prompt_ids(tokenizer, record["prompt"]) for record in interleaved(read_prompts(prompts))[:count]]
     temperatures = temperature or [0.3, 0.7, 1.0, 1.3]
-    table = narrow_table(f"τ over {count} prompts, {new_tokens} tokens each", ("way", *map(str, temperatures)))
-    about, found = {"prompts": count, "new_tokens": new_tokens, "machine": machine()}, dict[str, Any]()
+    table = narrow_table(f"τ over {len(texts)} prompts, {new_tokens} tokens each", ("way", *map(str, temperatures)))
+    about, found = {"prompts": len(texts), "new_tokens": new_tokens, "machine": machine()}, dict[str, Any]()
     for way, settings in WAYS.items():
         found[way] = {}
         for degree in temperatures:
@@ -56,7 +56,7 @@ def main(
             found[way][str(degree)] = acceptance_json(Acceptance.of(results, engine.n))
             if json_file is not None:  # what is measured is kept
                 json_file.write_text(json.dumps(about | {"ways": found}, indent=2) + "\n")
-        table.add_row(way, *(f"{found[way][str(degree)]['tau']:.2f}" for degree in temperatures))
+        table.add_row(way, *(acceptance_cells(found[way][str(degree)])[0] for degree in temperatures))
     console.print(table)
 
 

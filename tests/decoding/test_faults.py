@@ -288,6 +288,7 @@ def test_texts_may_end_at_once(model, plain, rows):
     assert dict(engine.generate(PROMPTS, 1))[5].tokens == plain[5][:1]
     assert list(engine.generate([], NEW)) == []
     for wrong, match in (((PROMPTS, -1), "at least 0"), (([[5], []], NEW), "empty"), (([[5, 99]], NEW), "vocabulary"),
+                         ((torch.tensor([5, 6]), NEW), "list of prompts"), (("ab", NEW), "list of prompts"),
                          ((PROMPTS, [3]), "one max_new_tokens")):  # fmt: skip
         with pytest.raises(PromptError, match=match):
             engine.generate(*wrong)

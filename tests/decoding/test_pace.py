@@ -100,6 +100,19 @@ def test_one_slow_step_decides_nothing():
     assert pace.choose([(text, 100)]) == 3
 
 
+def test_a_slower_machine_is_slower_for_all_steps():
+    pace, text = Pace(3, Profile({0: 1.0, 3: 1.5}, 0.1)), Tally.empty(3)
+    for _ in range(40):
+        pace.note(3, [(text, 2)], 1.6)
+    for _ in range(40):
+        pace.note(3, [(text, 2)], 4.8)
+    assert pace.choose([(text, 100)]) == 3
+    for _ in range(60):  # while these took as long as before
+        pace.note(3, [(text, 2)], 4.8)
+        pace.note(0, [(text, 0)], 1.0)
+    assert pace.choose([(text, 100)]) == 0
+
+
 def test_drafting_that_must_first_catch_up_has_to_bring_that_too():
     pace, text = Pace(3, Profile({0: 1.0, 3: 1.5}, 0.1)), Tally.empty(3)
     for _ in range(30):
@@ -111,7 +124,7 @@ def test_drafting_that_must_first_catch_up_has_to_bring_that_too():
 
 def test_a_tree_is_read_where_it_gives_more_for_its_time():
     profile = Profile({0: 1.0, 3: 1.4}, 0.1, tree=1.4)
-    assert told(Pace(3, profile, tree=2.5), [3], 100)[-1] == 3
+    assert told(Pace(3, profile, tree=2.2), [3], 100)[-1] == 3
     pace = Pace(3, profile, tree=3.5)
     assert told(pace, [2], 100)[-1] == TREE
 

@@ -40,6 +40,17 @@ def test_any_tree_gives_the_plain_text(trained_model, prompts, name, rows):
     assert any(count for result in results.values() for count in result.accepted)
 
 
+@pytest.mark.parametrize("kind", MORE_KINDS)
+def test_ranks_beyond_what_heads_can_name_are_no_drafts(kind, prompts):
+    config = nextn.MultiTokenConfig(n=4, output={"kind": "trimmed", "size": 4}, **MORE_KINDS[kind])
+    model = nextn.attach(make_host("llama"), config)
+    tree = Tree(((0,), (5,), (5, 0), (5, 0, 0), (0, 9)))
+    for sampling in (Sampling(), Sampling(temperature=1.0, repetition_penalty=1.2)):
+        plain = dict(model.engine(heads=1, stop_tokens=[]).generate(prompts, 9, sampling=sampling))
+        found = dict(model.engine(rows=2, stop_tokens=[], tree=tree).generate(prompts, 9, sampling=sampling))
+        assert [found[i].tokens for i in range(len(prompts))] == [plain[i].tokens for i in range(len(prompts))]
+
+
 @settings(max_examples=12)
 @given(tree=trees(), seed=st.integers(0, 100))
 def test_made_up_trees_give_the_plain_text_by_chance_too(trained_model, tree, seed):

@@ -11,6 +11,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -172,7 +173,7 @@ class Engine(Batch):
         sampling: Sampling | Sequence[Sampling],
     ) -> list[Row]:
         prompts, count = [_token_ids(prompt) for prompt in prompts], len(prompts)
-        limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        limits = [int(max_new_tokens)] * count if isinstance(max_new_tokens, int | Integral) else list(max_new_tokens)
         several = [sampling] * count if isinstance(sampling, Sampling) else list(sampling)
         seeds = [each.seed + place * isinstance(sampling, Sampling) for place, each in enumerate(several)]
         if len(limits) != count or len(several) != count:
@@ -346,9 +347,12 @@ class Engine(Batch):
 
 
 def _token_ids(prompt: Any) -> list[int]:
-    if isinstance(prompt, (int, str)):
-        raise PromptError("Give a list of prompts, each of them a list of token ids.")
-    return [int(token) for token in prompt]
+    try:
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+    except (TypeError, ValueError):  # a number, or a list of lists
+        pass
+    raise PromptError("Give a list of prompts, each of them a list of token ids.")
 
 
 def _checked(depth: int | str | None, tree: Tree | None, n: int) -> int | str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,9 @@ from pathlib import Path
 PRIOR, PRIOR_WEIGHT = 0.7, 2.0  # what is thought of a draft's acceptance before any was seen, and in how many tries
 SHARED_WEIGHT = 4.0  # how many tries of its own a text needs to count as much as what the others saw
 MEMORY, SHARED_MEMORY = 60, 150  # tries after which one weighs 1/e, for a text and for all: texts come in kinds
-HOPE, HOPE_WEIGHT = 0.25, 4.0  # standard deviations by which new texts may be better than those before, so as to see
-RATE, OUTLIER = (
-    0.25,
-    2.0,
-)  # weight of the newest step in the running mean of what steps take, counted at most twice as long
+# Machines are now faster, now slower: what a step took says as much of all other steps. Of what it says of its own
+# choice alone, the first ones count equally, and then each as one of 20. No step counts more than double.
+RATE, OWN_RATE, OUTLIER = 0.25, 0.05, 2.0
 MARGIN = 1.05  # how much faster drafting must be for a plain step to be left
 RECHECK = 128  # steps with drafts, one after the other, until a plain one is timed again
 FIRST_LOOK, LONGEST_WAIT = 256, 4096  # plain steps until drafts are tried again; after each time twice as many
@@ -113,7 +112,10 @@ class Pace:
 
     def __post_init__(self) -> None:
         self._plain_steps, self._patience, self._streak = 0, FIRST_LOOK, 0
-        self._seconds: dict[tuple[str, int], float] = {}  # running mean of real steps, by kind and choice
+        # What steps take of late, over what the profile says: all of a kind, and some choice beside the others.
+        self._slower: dict[str, float] = {}
+        self._own_slower: dict[tuple[str, int], float] = {}
+        self._timed: Counter[tuple[str, int]] = Counter()  # how many steps were timed
         self._catching_up: float | None = None  # running mean of what the heads need to see a text, in seconds
         self._start_anew()
 
@@ -127,15 +129,11 @@ class Pace:
         """Of late, over all texts; conditional, by draft."""
         return self._shared.acceptance([PRIOR] * self.drafts, PRIOR_WEIGHT)
 
-    def tokens(self, tally: Tally, drafts: int, hope: float = 0.0) -> float:
-        """E(d) of a text: its own acceptance as far as it is known, that of all before and beside it otherwise.
-
-        Args:
-            hope: added to each draft's acceptance.
-        """
+    def tokens(self, tally: Tally, drafts: int) -> float:
+        """E(d) of a text: its own acceptance as far as it is known, that of all before and beside it otherwise."""
         expected, standing = 1.0, 1.0
         for share in tally.acceptance(self.acceptance, SHARED_WEIGHT)[:drafts]:
-            standing *= min(1.0, share + hope)
+            standing *= share
             expected += standing
         return expected
 
@@ -150,7 +148,7 @@ class Pace:
             behind: whether the heads have yet to see more than the last step.
             kind: of step, where some take longer than others; of each kind the first step is plain, to know them.
         """
-        if self.profile is not None and kind != "greedy" and (kind, 0) not in self._seconds:
+        if self.profile is not None and kind != "greedy" and kind not in self._slower:
             return 0
         if choice := self._soonest(texts, waiting, behind, kind):
             self._plain_steps, self._streak = 0, self._streak + 1
@@ -165,8 +163,8 @@ class Pace:
         self._start_anew()
         for tally, _ in texts:
             tally.forget()
-        for known in [known for known in self._seconds if known[1]]:
-            del self._seconds[known]
+        self._own_slower.clear()
+        self._timed.clear()
         return self._soonest(texts, waiting, behind, kind)
 
     def note(
@@ -202,31 +200,31 @@ class Pace:
         if choice and behind:
             before, now = self._catching_up, max(0.0, seconds - usual)
             self._catching_up = now if before is None else before + RATE * (now - before)
-        else:
-            self._seconds[kind, choice] = usual + RATE * (min(seconds, OUTLIER * usual) - usual)
+            return
+        self._timed[kind, choice] += 1
+        if kind not in self._slower:
+            self._slower[kind] = seconds / usual
+            return
+        change, own = min(seconds / usual, OUTLIER) - 1, max(OWN_RATE, 1 / self._timed[kind, choice])
+        self._own_slower[kind, choice] = self._own_slower.get((kind, choice), 1.0) * (1 + own * change)
+        self._slower[kind] *= 1 + RATE * (1 - own) * change
 
     def _seconds_of(self, kind: str, choice: int) -> float:
-        """Of late; at first by the profile, and by what a plain step of its kind takes beside the profile's."""
         assert self.profile is not None
-        if (kind, choice) in self._seconds:
-            return self._seconds[kind, choice]
         if choice == TREE:
             measured = self.profile.tree or math.inf
         else:
             measured = self.profile.verify[choice] + (self.profile.draft if choice else 0)
-        plain = self.profile.verify[0]
-        return measured * max(self._seconds.get((kind, 0), plain) / plain, 0.1)
+        return measured * self._slower.get(kind, 1.0) * self._own_slower.get((kind, choice), 1.0)
 
     def _soonest(self, texts: Sequence[tuple[Tally, int]], waiting: bool, behind: bool, kind: str) -> int:
         if self.profile is None:
             return self.drafts if self.tree is None else TREE
-        tried = sum(tally.tries[0] for tally, _ in texts)
-        hope = HOPE * 0.5 / math.sqrt(tried + HOPE_WEIGHT)  # 0.5: the most that one try can deviate
         of_tree = ((self.tree or 0) * PRIOR_WEIGHT + self._tree_tokens) / (PRIOR_WEIGHT + self._tree_steps)
 
         def until_the_end(choice: int) -> float:
             """Seconds, summed over the slots that are of use."""
-            steps = [left / (of_tree if choice == TREE else self.tokens(tally, choice, hope)) for tally, left in texts]
+            steps = [left / (of_tree if choice == TREE else self.tokens(tally, choice)) for tally, left in texts]
             first = (self._catching_up or 0.0) if choice and behind else 0.0
             seconds = [first + self._seconds_of(kind, choice) * each for each in steps]
             return sum(seconds) if waiting else max(seconds, default=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -209,7 +210,7 @@ def figures(
         "texts": sum(len(pair.results) for pair in pairs),
         "texts_as_plain": sum(pair.alike for pair in pairs),
         "profile": None if ours.pace.profile is None else vars(ours.pace.profile),
-        "roofline": roofline(costs, limits, batch, ours.n, acceptance.tau),
+        "roofline": roofline(costs, limits, batch, acceptance.tau),
     }
 
 
@@ -236,8 +237,8 @@ def interval(ratios: Sequence[float], groups: Sequence[int] = (), draws: int = 2
 
 
 def roofline(
-    costs: Sequence[dict[str, int]], limits: dict[str, float], batch: int, n: int, tau: float
-) -> dict[str, float]:
+    costs: Sequence[dict[str, int]], limits: dict[str, float], batch: int, tau: float
+) -> dict[str, float | None]:
     """The least ms of a step of all rows with n - 1 drafts and of a plain one, after 128 tokens; their best ratio."""
     least = {}
     for name, cost in zip(("drafting", "plain"), costs, strict=True):
@@ -248,7 +249,7 @@ def roofline(
         found = bound(whole, limits, 128)
         least[name] = 1e3 * max(found["by_bytes"], found["by_operations"])
     return {f"{name}_ms": ms for name, ms in least.items()} | {
-        "best_ratio": tau * least["plain"] / least["drafting"],
+        "best_ratio": None if math.isnan(tau) else tau * least["plain"] / least["drafting"],
         "operations_a_byte": limits["rate"] / limits["bandwidth"],
     }
 
