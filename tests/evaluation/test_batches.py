@@ -31,10 +31,10 @@ def test_batches_are_of_one_category_and_full():
 def test_the_roofline_of_a_batch_counts_weights_once_and_operations_for_every_row():
     cost = {"weight_bytes": 1000, "cache_bytes_per_position": 1, "operations": 500}
     limits = {"bandwidth": 1e3, "rate": 1e3}
-    found = roofline([cost | {"operations": 2000}, cost], limits, batch=1, tau=2.0)
+    found = roofline([cost | {"operations": 2000}, cost], limits, batch=1)
     assert found["plain_ms"] == pytest.approx(1128) and found["drafting_ms"] == pytest.approx(2000)
-    found = roofline([cost | {"operations": 2000}, cost], limits, batch=8, tau=2.0)
-    assert found["plain_ms"] == pytest.approx(4000) and found["best_ratio"] == pytest.approx(2.0 * 4000 / 16000)
+    found = roofline([cost | {"operations": 2000}, cost], limits, batch=8)
+    assert found["plain_ms"] == pytest.approx(4000) and found["break_even_tau"] == pytest.approx(4.0)
 
 
 def test_lists_of_numbers():

@@ -49,15 +49,15 @@ class Code:
 def build(engine: Engine, progress: Progress, sampling: bool) -> Code:
     """Compile what an engine runs, see `Engine.compile`."""
     full = engine.n - 1 if engine.depth == "auto" else int(engine.depth)
+    depths = sorted({0, 1, full}) if engine.depth == "auto" else [full]
     module = Score if sampling else Verify
-    steps = {full: _step(engine, module, full, 0, progress)} if full else {}
+    steps = {depth: _step(engine, module, depth, 0, progress) for depth in depths if depth}
     padding: int = 0
-    depths: tuple[int, ...] = (full,)
-    if engine.depth == "auto" or not full:
+    if 0 in depths:
         plain, padding = _plain_step(engine, module, progress)
-        steps, depths = {padding: plain} | steps, (0, full) if full else (0,)
+        steps = {padding: plain} | steps
     # What scores can also judge, in a call or two more: less to compile than another trunk with the judging in it.
-    code = Code(depths, {width: _judging(step) for width, step in steps.items()} if sampling else steps, padding)
+    code = Code(tuple(depths), {width: _judging(step) for width, step in steps.items()} if sampling else steps, padding)
     if sampling:
         code = replace(code, score=steps)
     if not full or not isinstance(engine.drafter, HeadDrafter):

@@ -102,7 +102,7 @@ class Engine(Batch):
             progress: shown while something is compiled, which takes minutes once a machine; a function from a message
                 to a context, like `rich.console.Console.status`.
             sampling: also what sampling and processors need. Trees, and drafts that rejection must know the
-                probabilities of, run eagerly; with `auto` there is code for all drafts and for none.
+                probabilities of, run eagerly; with `auto` there is code for none, one and all drafts.
 
         Returns:
             this engine. Where nothing can be compiled it says why in a warning (and in `why_eager`), and goes on

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -210,7 +209,7 @@ def figures(
         "texts": sum(len(pair.results) for pair in pairs),
         "texts_as_plain": sum(pair.alike for pair in pairs),
         "profile": None if ours.pace.profile is None else vars(ours.pace.profile),
-        "roofline": roofline(costs, limits, batch, acceptance.tau),
+        "roofline": roofline(costs, limits, batch),
     }
 
 
@@ -236,10 +235,11 @@ def interval(ratios: Sequence[float], groups: Sequence[int] = (), draws: int = 2
     }
 
 
-def roofline(
-    costs: Sequence[dict[str, int]], limits: dict[str, float], batch: int, tau: float
-) -> dict[str, float | None]:
-    """The least ms of a step of all rows with n - 1 drafts and of a plain one, after 128 tokens; their best ratio."""
+def roofline(costs: Sequence[dict[str, int]], limits: dict[str, float], batch: int) -> dict[str, float]:
+    """The least ms of a step of all rows with n - 1 drafts and of a plain one, after 128 tokens.
+
+    Where both are at their bounds, drafting pays from `break_even_tau` tokens a step on.
+    """
     least = {}
     for name, cost in zip(("drafting", "plain"), costs, strict=True):
         whole = cost | {
@@ -249,7 +249,7 @@ def roofline(
         found = bound(whole, limits, 128)
         least[name] = 1e3 * max(found["by_bytes"], found["by_operations"])
     return {f"{name}_ms": ms for name, ms in least.items()} | {
-        "best_ratio": None if math.isnan(tau) else tau * least["plain"] / least["drafting"],
+        "break_even_tau": least["drafting"] / least["plain"],
         "operations_a_byte": limits["rate"] / limits["bandwidth"],
     }
 
