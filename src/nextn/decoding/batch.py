@@ -338,11 +338,11 @@ class Batch:
             row.unread = [torch.cat(row.unread)]
         lengths = [len(row.unread[0]) for _, row in members]
         part = chunk if 2 * sum(lengths) > max(lengths) * len(lengths) else min(chunk, 2 * min(lengths) + 16)
-        for member in members:  # what is long goes ahead, row by row, so that others need not be padded
-            while len(member[1].unread[0]) > part:
-                self._show([member], leave=max(part, len(member[1].unread[0]) - chunk))
+        for slot, row in members:  # what is long goes ahead, row by row, so that others need not be padded
+            while (length := len(row.unread[0])) > part:
+                self._show([(slot, row)], leave=max(part, length - chunk))
         if isinstance(self.drafter, HeadDrafter) and self.drafter.compiled:  # which takes the states of one step
-            self._show([member for member in members if len(member[1].unread[0]) > self.n], leave=self.n)
+            self._show([(slot, row) for slot, row in members if len(row.unread[0]) > self.n], leave=self.n)
         return self.drafter.propose(
             *self._window(active, [row.unread[0] for _, row in members]),
             asked([row for _, row in members], self.n - 1, tree, self.lengths.device),

@@ -15,10 +15,10 @@ from nextn.decoding.verify import accept_by_rejection, chosen
 
 ROUND = 256  # more than any number of drafts: (position, draft) as one number
 
-Branches = Sequence[Sequence[Sequence[int]]]
+Between = Sequence[Sequence[Sequence[int]]]
 
 
-def choose(rows: Sequence[Row | None], logits: Tensor, at: Tensor, branches: Branches) -> tuple[Tensor, Tensor]:
+def choose(rows: Sequence[Row | None], logits: Tensor, at: Tensor, branches: Between) -> tuple[Tensor, Tensor]:
     """The trunk's choices [B, W] from logits [B, W, V], and the scores that they were made by.
 
     Args:
@@ -40,7 +40,7 @@ def choose(rows: Sequence[Row | None], logits: Tensor, at: Tensor, branches: Bra
     return chosen(scores.index_put((row, place, token), noise, accumulate=True)), scores
 
 
-def scores_of(rows: Sequence[Row | None], logits: Tensor, branches: Branches) -> Tensor:
+def scores_of(rows: Sequence[Row | None], logits: Tensor, branches: Between) -> Tensor:
     """Logits of all rows [B, W, V] -> scores after each row's processors, float32.
 
     A row whose processors raise ends with that error; its scores mean nothing.
@@ -68,7 +68,7 @@ def scores_of(rows: Sequence[Row | None], logits: Tensor, branches: Branches) ->
     return scores
 
 
-def _processed(rows: Sequence[Row | None], logits: Tensor, branches: Branches, slots: list[int]) -> Tensor:
+def _processed(rows: Sequence[Row | None], logits: Tensor, branches: Between, slots: list[int]) -> Tensor:
     members = [row for slot in slots if (row := rows[slot]) is not None]
     sampling = members[0].sampling
     texts: list[list[Tensor]] = []
