@@ -366,7 +366,7 @@ def run_schedule(model, plain, data) -> None:
         chunk=data.draw(st.sampled_from([1024, 7]), label="chunk"),
     )
     on_tree = 1.0 if engine.tree else None
-    pace = Restless(3, Profile(dict.fromkeys(range(4), 1.0), 0.0, on_tree), on_tree)
+    pace = Restless(3, Profile(dict.fromkeys(range(4), 1.0), on_tree), on_tree)
     engine.paces = dict.fromkeys(range(1, 5), pace)
     pace.plan = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=6), label="pace")
     if every := data.draw(st.sampled_from([0, 0, 2, 5]), label="without memory"):

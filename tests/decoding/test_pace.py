@@ -8,8 +8,8 @@ from conftest import greedy_reference
 from nextn.decoding import building
 from nextn.decoding.pace import RECHECK, TREE, Pace, Profile, Tally
 
-CHEAP = Profile({0: 1.0, 1: 1.05, 2: 1.1, 3: 1.15}, 0.1)
-DEAR = Profile({0: 1.0, 1: 1.9, 2: 2.8, 3: 3.7}, 0.2)
+CHEAP = Profile({0: 1.0, 1: 1.15, 2: 1.2, 3: 1.25})
+DEAR = Profile({0: 1.0, 1: 2.1, 2: 3.0, 3: 3.9})
 
 
 def told(pace: Pace, accepted: list[int], steps: int, waiting: bool = False) -> list[int]:
@@ -38,7 +38,7 @@ def test_where_a_token_more_costs_a_step_more_there_are_plain_steps():
 
 
 def test_the_depth_follows_what_the_second_draft_brings():
-    chosen = told(Pace(3, Profile({0: 1.0, 1: 1.2, 2: 1.6, 3: 2.0}, 0.05)), [1, 1], 200)
+    chosen = told(Pace(3, Profile({0: 1.0, 1: 1.25, 2: 1.65, 3: 2.05})), [1, 1], 200)
     assert set(chosen[50:]) == {0, 1} and chosen[50:].count(0) == 1  # a plain step is timed again
     assert chosen[RECHECK - 1] == 0
 
@@ -67,7 +67,7 @@ def test_a_text_counts_its_own_tries_and_leans_on_the_others_for_the_rest():
 
 
 def test_what_counts_is_the_last_text_to_end_unless_others_wait_for_its_slot():
-    profile = Profile({0: 1.0, 3: 1.5}, 0.1)
+    profile = Profile({0: 1.0, 3: 1.6})
     pace = Pace(3, profile)
     told(pace, [3, 0], 300, waiting=True)  # 2.5 tokens on the average
     good, bad = Tally.empty(pace.drafts), Tally.empty(pace.drafts)
@@ -80,14 +80,14 @@ def test_what_counts_is_the_last_text_to_end_unless_others_wait_for_its_slot():
 
 
 def test_a_text_is_left_to_plain_steps_while_another_is_drafted():
-    pace = Pace(3, Profile({0: 1.0, 3: 1.3}, 0.2))
+    pace = Pace(3, Profile({0: 1.0, 3: 1.5}))
     assert told(pace, [3], 60)[-1] == 3
     assert told(pace, [0], 40)[-1] == 0
     assert told(pace, [3], 5) == [3] * 5
 
 
 def test_deeper_drafts_are_tried_again():
-    pace = Pace(3, Profile({0: 1.0, 1: 1.2, 2: 1.5, 3: 1.8}, 0.05))
+    pace = Pace(3, Profile({0: 1.0, 1: 1.25, 2: 1.55, 3: 1.85}))
     assert told(pace, [1, 1], 100)[-1] == 1
     assert told(pace, [3, 3], 400)[-1] == 3
 
@@ -101,7 +101,7 @@ def test_one_slow_step_decides_nothing():
 
 
 def test_a_slower_machine_is_slower_for_all_steps():
-    pace, text = Pace(3, Profile({0: 1.0, 3: 1.5}, 0.1)), Tally.empty(3)
+    pace, text = Pace(3, Profile({0: 1.0, 3: 1.6})), Tally.empty(3)
     for _ in range(40):
         pace.note(3, [(text, 2)], 1.6)
     for _ in range(40):
@@ -114,7 +114,7 @@ def test_a_slower_machine_is_slower_for_all_steps():
 
 
 def test_drafting_that_must_first_catch_up_has_to_bring_that_too():
-    pace, text = Pace(3, Profile({0: 1.0, 3: 1.5}, 0.1)), Tally.empty(3)
+    pace, text = Pace(3, Profile({0: 1.0, 3: 1.6})), Tally.empty(3)
     for _ in range(30):
         pace.note(3, [(text, 1)], 1.6)
     pace.note(3, [(text, 1)], 21.6, behind=True)
@@ -123,7 +123,7 @@ def test_drafting_that_must_first_catch_up_has_to_bring_that_too():
 
 
 def test_a_tree_is_read_where_it_gives_more_for_its_time():
-    profile = Profile({0: 1.0, 3: 1.4}, 0.1, tree=1.4)
+    profile = Profile({0: 1.0, 3: 1.5}, tree=1.4)
     assert told(Pace(3, profile, tree=2.2), [3], 100)[-1] == 3
     pace = Pace(3, profile, tree=3.5)
     assert told(pace, [2], 100)[-1] == TREE
@@ -135,8 +135,8 @@ def test_a_profile_is_measured_once_and_kept(trained_model, prompts, monkeypatch
     engine.paces.clear()
     found = dict(engine.generate(prompts, 20))
     profile = engine.pace.profile
-    assert set(profile.verify) == {0, 1, 2, 3} and profile.draft > 0 and profile.tree is None
-    assert all(seconds > 0 for seconds in profile.verify.values())
+    assert set(profile.step) == {0, 1, 2, 3} and profile.tree is None
+    assert all(seconds > 0 for seconds in profile.step.values())
     (kept,) = (tmp_path / "profiles").iterdir()
     assert Profile.read(kept) == profile == building.measure(engine, 3)
     kept.write_text("{")

@@ -12,6 +12,7 @@ import nextn
 from conftest import COMMON, CONFIGS, MORE_KINDS, VOCAB, greedy_reference, make_host
 from nextn.config import ConfigError
 from nextn.heads import Window
+from nextn.heads.base import BestTokens
 from nextn.model import as_text
 from nextn.trunk import HostError, RaggedCache, Trunk, causal
 
@@ -129,7 +130,10 @@ def test_drafts_are_what_training_says_at_that_position(family, kind):
             window = Window(tapped, positions, prefix[:, 1:], torch.tensor([length - 2]))
             caches = [RaggedCache(1, 1, 64) for _ in range(heads.cache_count)]
             caches += [RaggedCache.over([cache.buffers[layer]], torch.arange(64)) for layer in heads.reads]
+            first = heads.draft(trunk, window, caches, None, BestTokens(levels=1))
             drafts = heads.draft(trunk, window, caches, None)
+            assert torch.equal(first, drafts[:, : first.shape[1]])  # modules that must see all positions make all
+            assert first.shape[1] == (n - 1 if model.multi_token.kind == "distinct" else 1)
             # A document before it and one after it in the same row: packing must change nothing.
             before, after = torch.randint(3, VOCAB, (1, 5)), torch.randint(3, VOCAB, (1, 6))
             ids = torch.cat([before, prefix, drafts, after], dim=1)

@@ -295,29 +295,26 @@ class Batch:
 
     # --- drafts -----------------------------------------------------------------------------------------------
 
-    def propose(self, tree: Tree | None) -> Drafts:
+    def propose(self, wanted: Asked) -> Drafts:
         """Drafts for all rows, from the states that the drafter has not seen yet: one step's, or those of many.
 
         Without memory for that, in smaller parts, and at last without drafts: what the drafter did not see costs
         acceptance only.
+
+        Args:
+            wanted: a chain or a tree; the chances are added here, by the samplings of the rows.
         """
         assert self.drafter is not None
         active = [slot for slot, row in enumerate(self.slots) if row is not None]
         if self.fresh is not None and self.is_fresh:
             # A text that broke off with logits that are no numbers leaves no token behind.
             states = self.fresh.tapped, self.fresh.positions, self.fresh.run.clamp(min=0), self.fresh.accepted
-            drafts = _fits(
-                partial(
-                    self.drafter.propose,
-                    *states,
-                    self.all_rows,
-                    asked(self.slots, self.n - 1, tree, self.lengths.device),
-                )
-            )
+            what = asked(self.slots, self.n - 1, wanted, self.lengths.device)
+            drafts = _fits(partial(self.drafter.propose, *states, self.all_rows, what))
         else:
             self.set_aside()
             chunks = (self.chunk, max(8, self.chunk // 16))
-            found = (_fits(partial(self._draft_after, active, chunk, tree)) for chunk in chunks)
+            found = (_fits(partial(self._draft_after, active, chunk, wanted)) for chunk in chunks)
             first = next((each for each in found if each is not None), None)
             drafts = None if first is None else self._spread(first, active)
         self.fresh = None
@@ -327,10 +324,12 @@ class Batch:
             row.unread, row.read = [], row.length - 1
         if drafts is None:
             logger.warning("There is not enough memory for the heads to read the texts: no drafts for now.")
-            return Drafts(self.pending.new_full((len(self.slots), self.n - 1), -1))
+            drafts = Drafts(self.pending.new_full((len(self.slots), self.n - 1), -1))
+        if drafts.shape is None:
+            drafts.tokens = drafts.tokens[:, : wanted.levels]
         return drafts
 
-    def _draft_after(self, active: list[int], chunk: int, tree: Tree | None) -> Drafts:
+    def _draft_after(self, active: list[int], chunk: int, wanted: Asked) -> Drafts:
         """Drafts of some rows, from all that the drafter has not seen of them."""
         assert self.drafter is not None
         members = [(slot, row) for slot in active if (row := self.slots[slot]) is not None]
@@ -345,7 +344,7 @@ class Batch:
             self._show([(slot, row) for slot, row in members if len(row.unread[0]) > self.n], leave=self.n)
         return self.drafter.propose(
             *self._window(active, [row.unread[0] for _, row in members]),
-            asked([row for _, row in members], self.n - 1, tree, self.lengths.device),
+            asked([row for _, row in members], self.n - 1, wanted, self.lengths.device),
         )
 
     def _show(self, members: list[tuple[int, Row]], leave: int) -> None:
@@ -354,7 +353,7 @@ class Batch:
         if not members:
             return
         states = [row.unread[0][:-leave] for _, row in members]
-        self.drafter.propose(*self._window([slot for slot, _ in members], states), Asked(seen_only=True))
+        self.drafter.propose(*self._window([slot for slot, _ in members], states), Asked(levels=1))
         for (_, row), seen in zip(members, states, strict=True):
             row.unread, row.read = [row.unread[0][len(seen) :]], row.read + len(seen)
 

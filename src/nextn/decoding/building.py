@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nextn.config import cache_directory
-from nextn.decoding.batch import Step
 from nextn.decoding.compiled import Progress, compiled, key, machine_name, recall, remember
-from nextn.decoding.drafting import Draft, Drafts, HeadDrafter, NoisyDraft
+from nextn.decoding.drafting import Asked, Codes, Draft, Drafts, HeadDrafter, NoisyDraft
 from nextn.decoding.pace import Profile
 from nextn.decoding.rows import Generation, Row
-from nextn.decoding.tree import Chances, Tree
+from nextn.decoding.tree import Chances
 from nextn.decoding.verify import Score, Verify, judged
 
 if TYPE_CHECKING:
@@ -35,15 +34,15 @@ class Code:
     depths: for how many drafts a row there is code.
     verify, score: what `Verify` and `Score` compute, by the width of `drafts`, padding included.
     padding: see `Engine`.
-    draft, noisy_draft: what `Draft` and `NoisyDraft` compute; None without heads, or where chance was not asked for.
+    drafts, noisy_drafts: what `Draft` and `NoisyDraft` compute, by how many drafts they make; noisy ones for chance.
     """
 
     depths: tuple[int, ...]
     verify: dict[int, Callable[..., Any]]
     padding: int = 0
     score: dict[int, Callable[..., Any]] = field(default_factory=dict)
-    draft: Callable[..., Any] | None = None
-    noisy_draft: Callable[..., Any] | None = None
+    drafts: Codes = field(default_factory=dict)
+    noisy_drafts: Codes = field(default_factory=dict)
 
 
 def build(engine: Engine, progress: Progress, sampling: bool) -> Code:
@@ -69,13 +68,14 @@ def build(engine: Engine, progress: Progress, sampling: bool) -> Code:
         torch.zeros_like(targets[:, :1]).expand(-1, engine.n - 1).clone(),
     )
 
-    def draft(module: type[Draft], noise: Chances | None) -> Callable[..., Any]:
+    def by_levels(module: type[Draft], noise: Chances | None) -> Codes:
         assert isinstance(engine.drafter, HeadDrafter)
         inputs = engine.drafter.step_inputs(tapped, positions, targets, accepted, noise)
-        return compiled(module(engine.trunk, engine.drafter.heads), inputs, progress)
+        heads = engine.drafter.heads
+        return {levels: compiled(module(engine.trunk, heads, levels), inputs, progress) for levels in depths if levels}
 
-    code = replace(code, draft=draft(Draft, None))
-    return replace(code, noisy_draft=draft(NoisyDraft, chances)) if sampling else code
+    code = replace(code, drafts=by_levels(Draft, None))
+    return replace(code, noisy_drafts=by_levels(NoisyDraft, chances)) if sampling else code
 
 
 def _plain_step(engine: Engine, module: type[Score], progress: Progress) -> tuple[Callable[..., Any], int]:
@@ -131,7 +131,7 @@ def measure(engine: Engine, rows: int) -> Profile:
     """
     widths = engine.code.depths if engine.code else range(engine.n)
     path = cache_directory() / "profiles" / f"{_profile_name(engine, rows)}.json"
-    if (known := Profile.read(path)) is not None and set(known.verify) == set(widths):
+    if (known := Profile.read(path)) is not None and set(known.step) == set(widths):
         return known
     example(engine, 0, rows=rows)
 
@@ -144,36 +144,21 @@ def measure(engine: Engine, rows: int) -> Profile:
             spent.append(time.perf_counter() - start)
         return statistics.median(spent)
 
-    def verify(drafts: int) -> Step:
-        lengths, pending = engine.lengths, engine.pending
-        tokens = torch.zeros(len(engine.slots), drafts, dtype=torch.long, device=lengths.device)
-        step = engine.verify_chain(Drafts(tokens), greedy=True)
-        step.run.tolist()
-        engine.lengths, engine.pending = lengths, pending
-        return step
-
-    profile = Profile({drafts: timed(partial(verify, drafts)) for drafts in widths}, 0.0)
-    engine.fresh = verify(max(widths))
+    lengths, pending = engine.lengths, engine.pending
+    fresh = engine.verify_chain(Drafts(pending.new_zeros(rows, max(widths))), greedy=True)
     for row in engine.slots:
         if row is not None:
             row.unread = []
-    fresh = engine.fresh
 
-    def draft(tree: Tree | None) -> Drafts:
-        engine.fresh = fresh
-        drafts = engine.propose(tree)
-        drafts.tokens.tolist()
-        return drafts
+    def step(wanted: Asked | None) -> None:
+        engine.lengths, engine.pending, engine.fresh = lengths, pending, fresh
+        drafts = Drafts(pending.new_empty(rows, 0)) if wanted is None else engine.propose(wanted)
+        made = engine.verify_chain(drafts, greedy=True) if drafts.shape is None else engine.verify_tree(drafts)
+        made.run.tolist()
 
-    profile.draft = timed(lambda: draft(None))
+    profile = Profile({drafts: timed(partial(step, Asked(levels=drafts) if drafts else None)) for drafts in widths})
     if engine.tree is not None:
-
-        def tree_step() -> None:
-            lengths, pending = engine.lengths, engine.pending
-            engine.verify_tree(draft(engine.tree)).run.tolist()
-            engine.lengths, engine.pending = lengths, pending
-
-        profile.tree = timed(tree_step)
+        profile.tree = timed(partial(step, Asked(tree=engine.tree)))
     profile.write(path)
     return profile
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from nextn.decoding.drafting import Asked, Drafts
 from nextn.decoding.rows import Row
 from nextn.decoding.sampling import DRAFT, RESIDUAL, STANDS, Sampling, gumbel, keys, uniform
-from nextn.decoding.tree import Chances, Tree
+from nextn.decoding.tree import Chances
 from nextn.decoding.verify import accept_by_rejection, chosen
 
 ROUND = 256  # more than any number of drafts: (position, draft) as one number
@@ -108,15 +109,16 @@ def reject(rows: Sequence[Row | None], drafts: Drafts, scores: Tensor, run: Tens
         accepted[those] = count
 
 
-def asked(rows: Sequence[Row | None], drafts: int, tree: Tree | None, device: torch.device) -> Asked:
+def asked(rows: Sequence[Row | None], drafts: int, wanted: Asked, device: torch.device) -> Asked:
     """The kind of drafts that the samplings of some rows call for.
 
     Args:
         drafts: n - 1.
+        wanted: says what shape they have.
     """
     noisy = [row is not None and _draws_drafts(row.sampling) for row in rows]
     if not any(noisy):
-        return Asked(tree=tree)
+        return wanted
     temperatures = [
         row.sampling.draft_temperature if row and draws else 0.0 for row, draws in zip(rows, noisy, strict=True)
     ]
@@ -126,7 +128,7 @@ def asked(rows: Sequence[Row | None], drafts: int, tree: Tree | None, device: to
     apart = keys(seeds, _rounds(rows, drafts, device), DRAFT)
     rejects = torch.tensor([bool(row and row.sampling.rejects) for row in rows], device=device)
     chances = Chances(torch.tensor(temperatures, device=device), torch.where(rejects[:, None], apart, coupled))
-    return Asked(chances, drawn=bool(rejects.any()), tree=tree)
+    return replace(wanted, chances=chances, drawn=bool(rejects.any()))
 
 
 def _draws_drafts(sampling: Sampling) -> bool:

@@ -68,29 +68,23 @@ class Asked:
     chances: the noise; None for the best tokens.
     drawn: whether the probabilities are wanted from which the noise drew.
     tree: None for a chain.
-    seen_only: nothing is wanted but that the drafter has seen the states.
+    levels: how many drafts of a chain are used, from 1; None for all. A drafter may make more.
     """
 
     chances: Chances | None = None
     drawn: bool = False
     tree: Tree | None = None
-    seen_only: bool = False
+    levels: int | None = None
 
 
 BEST = Asked()
 
 
-class FirstDraft(BestTokens):
-    """As little as heads can do while they see states."""
-
-    levels: int | None = 1
-
-
 class NoisyTokens(Chain):
     """At each depth the best token after the noise of its position: a draw from what the head says."""
 
-    def __init__(self, chances: Chances, drawn: bool) -> None:
-        super().__init__()
+    def __init__(self, chances: Chances, drawn: bool, levels: int | None = None) -> None:
+        super().__init__(levels)
         self.chances = chances
         self.drawn_from: list[Tensor] | None = [] if drawn else None  # [B, V] by draft
 
@@ -106,6 +100,9 @@ class NoisyTokens(Chain):
         return token
 
 
+Codes = dict[int, Callable[..., tuple[Tensor, Tensor, Tensor]]]
+
+
 class HeadDrafter:
     """Heads as the drafter: keeps their caches and, for distinct modules, the states to go back to.
 
@@ -117,9 +114,9 @@ class HeadDrafter:
         self.trunk, self.heads = trunk, heads
         self.drafts, self.tap = heads.n - 1, heads.tap
         self.dtype = next(heads.parameters()).dtype  # while training: float32 heads on a bfloat16 trunk
-        # What `Draft` and `NoisyDraft` compute for one step of all rows, as machine code.
-        self.compiled: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
-        self.compiled_noisy: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+        # What `Draft` and `NoisyDraft` compute for one step of all rows, as machine code, by how many drafts they make.
+        self.compiled: Codes = {}
+        self.compiled_noisy: Codes = {}
         self.caches: list[RaggedCache] = []
 
     def begin(self, cache: RaggedCache, keep: bool = False) -> None:
@@ -160,26 +157,27 @@ class HeadDrafter:
         return Drafts(tokens, drawn_from=None if drawn is None else torch.stack(drawn, dim=1))
 
     def _growth(self, asked: Asked, rows: int) -> Growth:
-        if asked.seen_only:
-            return FirstDraft()
         if asked.tree is not None:
             none = Chances(
                 torch.zeros(rows, device=self.trunk.device),
                 torch.zeros(rows, self.drafts, dtype=torch.long, device=self.trunk.device),
             )
             return TreeGrowth(asked.tree, self.drafts, asked.chances or none)
-        return BestTokens() if asked.chances is None else NoisyTokens(asked.chances, asked.drawn)
+        if asked.chances is None:
+            return BestTokens(asked.levels)
+        return NoisyTokens(asked.chances, asked.drawn, asked.levels)
 
     def _by_machine_code(
         self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, asked: Asked
     ) -> Tensor | None:
         """Drafts of one step of all rows; None where that is not what is asked, or not compiled."""
-        code = self.compiled if asked.chances is None else self.compiled_noisy
+        codes = self.compiled if asked.chances is None else self.compiled_noisy
+        enough = [levels for levels in codes if levels >= (asked.levels or self.drafts)]
         missing = self.heads.n - hidden.shape[1]
         is_step = len(hidden) == len(self.past_hidden) and missing >= 0
-        if code is None or not is_step or asked.tree or asked.drawn or not self._is_warm(positions):
+        if not enough or not is_step or asked.tree or asked.drawn or not self._is_warm(positions):
             return None
-        tokens, self.past_hidden, self.past_following = code(
+        tokens, self.past_hidden, self.past_following = codes[min(enough)](
             *self.step_inputs(hidden, positions, following, last, asked.chances)
         )
         return tokens
@@ -220,11 +218,14 @@ class Draft(nn.Module):
     """One round of drafts for all rows.
 
     A function of tensors alone, so that it can be compiled: the caches are handed in, and written in place.
+
+    Args:
+        levels: how many drafts a row are wanted.
     """
 
-    def __init__(self, trunk: Trunk, heads: Heads) -> None:
+    def __init__(self, trunk: Trunk, heads: Heads, levels: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.levels = heads, levels
         # Whoever exports this module must find in it all weights that heads ask the trunk for.
         self.asked = nn.ModuleList([trunk.embedding, trunk.unembedding, trunk.norm, trunk.rotary])
         self.trunk, self.dtype = trunk, next(heads.parameters()).dtype
@@ -249,10 +250,10 @@ class Draft(nn.Module):
             buffers: keys and values, by cache of the heads and then by layer of the trunk that they read.
 
         Returns:
-            drafts [B, n-1], the new past_hidden and the new past_following.
+            drafts [B, n-1] or fewer, the new past_hidden and the new past_following.
         """
-        past = past_hidden, past_following
-        return self._drafts((*past, hidden.to(self.dtype), positions, following, last), seen, buffers, BestTokens())
+        states = past_hidden, past_following, hidden.to(self.dtype), positions, following, last
+        return self._drafts(states, seen, buffers, BestTokens(self.levels))
 
     def _drafts(
         self, states: tuple[Tensor, ...], seen: Tensor, buffers: list[tuple[Tensor, Tensor]], growth: Growth
@@ -279,9 +280,9 @@ class NoisyDraft(Draft):
         seen: Tensor,
         buffers: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        growth = NoisyTokens(Chances(temperatures, keys), drawn=False)
-        past = past_hidden, past_following
-        return self._drafts((*past, hidden.to(self.dtype), positions, following, last), seen, buffers, growth)
+        growth = NoisyTokens(Chances(temperatures, keys), drawn=False, levels=self.levels)
+        states = past_hidden, past_following, hidden.to(self.dtype), positions, following, last
+        return self._drafts(states, seen, buffers, growth)
 
 
 def with_past(

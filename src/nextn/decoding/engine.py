@@ -23,7 +23,7 @@ from torch import Tensor
 from nextn.decoding.batch import Batch
 from nextn.decoding.building import Code, build, measure
 from nextn.decoding.compiled import CompileError, Progress, on_stderr
-from nextn.decoding.drafting import Drafter, Drafts, HeadDrafter
+from nextn.decoding.drafting import Asked, Drafter, Drafts, HeadDrafter
 from nextn.decoding.pace import TREE, Pace, Profile, Tally
 from nextn.decoding.rows import DecodingError, Generation, OnTokens, Row, Run, Stop
 from nextn.decoding.sampling import GREEDY, Sampling
@@ -122,7 +122,7 @@ class Engine(Batch):
         self.paces = {}  # what steps took so far is of no use
         self.verify, self.score = _by_width(code.verify, self._eager[0]), _by_width(code.score, self._eager[1])
         if isinstance(self.drafter, HeadDrafter):
-            self.drafter.compiled, self.drafter.compiled_noisy = code.draft, code.noisy_draft
+            self.drafter.compiled, self.drafter.compiled_noisy = code.drafts, code.noisy_drafts
         return self
 
     # --- generating -------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ class Engine(Batch):
             if not is_out_of_memory(error) and not isinstance(error, DecodingError):
                 raise
             logger.warning("Steps with drafts cannot be tried on %s rows (%s): no drafts.", rows, error)
-            return Profile({0: 1.0}, 0.0)
+            return Profile({0: 1.0})
 
     def _leaving(self) -> list[Row]:
         """The rows that are done leave."""
@@ -284,17 +284,13 @@ class Engine(Batch):
         if choice:
             before = self.pending.clone(), self.lengths.clone()
             with self.clock("draft"):
-                drafts = self.propose(self.tree if choice == TREE else None)
+                drafts = self.propose(Asked(tree=self.tree) if choice == TREE else Asked(levels=choice))
         else:
             if self.drafter:
                 self.set_aside()
             drafts = Drafts(self.pending.new_empty(len(self.slots), 0))
         with self.clock("verify"):
-            if drafts.shape is not None:
-                step = self.verify_tree(drafts)
-            else:
-                width = self.n - 1 if choice == TREE else choice
-                step = self.verify_chain(Drafts(drafts.tokens[:, :width], drafts.drawn_from), greedy)
+            step = self.verify_tree(drafts) if drafts.shape is not None else self.verify_chain(drafts, greedy)
             runs, counts = step.run.tolist(), step.accepted.tolist()
         self.fresh = step
         self.steps[choice] += 1

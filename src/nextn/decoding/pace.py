@@ -34,13 +34,11 @@ STEADY = 16  # steps with drafts after which they are no mere try any more
 class Profile:
     """What steps take on this machine, in seconds.
 
-    verify: a step by how many drafts a row it reads; those that were measured.
-    draft: one round of drafts.
-    tree: a step that reads a tree, and its round of drafts; None without one.
+    step: one by how many drafts a row it makes and reads; those that were measured.
+    tree: one with a tree; None without one.
     """
 
-    verify: dict[int, float]
-    draft: float
+    step: dict[int, float]
     tree: float | None = None
 
     @classmethod
@@ -48,7 +46,7 @@ class Profile:
         """A profile that was kept, None where there is none."""
         try:
             kept = json.loads(path.read_text())
-            return cls({int(d): float(s) for d, s in kept["verify"].items()}, float(kept["draft"]), kept["tree"])
+            return cls({int(drafts): float(seconds) for drafts, seconds in kept["step"].items()}, kept["tree"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -211,10 +209,7 @@ class Pace:
 
     def _seconds_of(self, kind: str, choice: int) -> float:
         assert self.profile is not None
-        if choice == TREE:
-            measured = self.profile.tree or math.inf
-        else:
-            measured = self.profile.verify[choice] + (self.profile.draft if choice else 0)
+        measured = (self.profile.tree or math.inf) if choice == TREE else self.profile.step[choice]
         return measured * self._slower.get(kind, 1.0) * self._own_slower.get((kind, choice), 1.0)
 
     def _soonest(self, texts: Sequence[tuple[Tally, int]], waiting: bool, behind: bool, kind: str) -> int:
@@ -229,7 +224,7 @@ class Pace:
             seconds = [first + self._seconds_of(kind, choice) * each for each in steps]
             return sum(seconds) if waiting else max(seconds, default=1.0)
 
-        choices = [*self.profile.verify, *([TREE] if self.profile.tree is not None and self.tree is not None else [])]
+        choices = [*self.profile.step, *([TREE] if self.profile.tree is not None and self.tree is not None else [])]
         seconds = {choice: until_the_end(choice) for choice in choices}
         best = min(seconds, key=lambda choice: seconds[choice])
         return best if MARGIN * seconds[best] < seconds.get(0, math.inf) else 0

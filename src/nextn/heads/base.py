@@ -81,11 +81,14 @@ class Growth(Protocol):
 
 
 class Chain(ABC):
-    """One token a depth."""
+    """One token a depth.
 
-    levels: int | None = None
+    Args:
+        levels: how many depths are asked for, see `Growth`.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, levels: int | None = None) -> None:
+        self.levels = levels
         self.tokens: list[Tensor] = []
 
     @abstractmethod

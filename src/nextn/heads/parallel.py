@@ -59,7 +59,9 @@ class ParallelHeads(Heads):
         start = self.read(window.hidden if self.layered else window.newest(window.hidden)[:, None])
         states = [window.newest(state) if self.layered else state[:, 0] for state in self._chained(start, run)]
         branches, newest = 1, window.newest(window.positions)
-        for k, state in enumerate(states, start=2):  # whatever was drafted before, the state is the same
+        for k, state in enumerate(
+            states[: self._last(growth) - 1], start=2
+        ):  # whatever was drafted before, the state is the same
             alike = self._end(trunk, state)[:, None].expand(-1, branches, -1)
             branches = growth.level(trunk, self.output.at(k), alike, k, newest).tokens.shape[1]
 
