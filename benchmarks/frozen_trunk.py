@@ -91,14 +91,13 @@ def main(
         if "forward" not in name
     }
     rows = Table(title=f"{base}, n = {n}, {batch} × {length} tokens, bfloat16, {device}", title_justify="left")
-    for column in ("", "µs a token", "of the forward", "95%", "of operations"):
+    for column in ("", "µs a token", "of the forward (95%)", "of operations"):
         rows.add_column(column, justify="left" if not column else "right")
     for name, spent in seconds.items():
         each = float(torch.tensor(spent).median()) / (batch * length) * 1e6
         over = ratios.get(name)
-        cells = [f"{over[0]:.3f}", f"{over[1]:.3f} – {over[2]:.3f}"] if over else ["", ""]
-        of_operations = f"{over[0] / operations:.3f}" if over and "kept" not in name else ""
-        rows.add_row(name, f"{each:.0f}", *cells, of_operations)
+        of_operations = f"{over.value / operations:.3f}" if over and "kept" not in name else ""
+        rows.add_row(name, f"{each:.0f}", over.cell(3) if over else "", of_operations)
     console = Console()
     console.print(rows)
     console.print(
@@ -116,8 +115,8 @@ def main(
         "seconds": seconds,
         "operations": operations,
         "ratios": {
-            name: {"ratio": over[0], "low": over[1], "high": over[2]}
-            | ({} if "kept" in name else {"over_operations": over[0] / operations})
+            name: {"ratio": over.value, "low": over.low, "high": over.high}
+            | ({} if "kept" in name else {"over_operations": over.value / operations})
             for name, over in ratios.items()
         },
         "machine": machine(),

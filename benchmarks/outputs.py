@@ -30,7 +30,7 @@ from nextn.distill import interleaved
 from nextn.evaluation.acceptance import DEFINITIONS, Acceptance, covered
 from nextn.evaluation.costs import stored_bytes
 from nextn.evaluation.lossless import agreement, float32_twin, near_tie_bound
-from nextn.evaluation.report import acceptance_json, interval, machine
+from nextn.evaluation.report import Interval, acceptance_json, interval, machine
 from nextn.formats import native
 from nextn.formats.bundled import NAME, best_dtype, shipped_heads
 from nextn.model import MultiTokenModel
@@ -206,7 +206,7 @@ def _table(found: dict[str, Any]) -> Table:
             *(f"{row['by_category'][category]['tau']:.2f}" for category in categories),
             f"{row['tau']:.2f}",
             f"{row['tokens_per_second']:.1f}",
-            f"{over['ratio']:.2f} ({over['low']:.2f} – {over['high']:.2f})" if about else "",
+            Interval(over["ratio"], over["low"], over["high"]).cell() if about else "",
         )
     return shown
 

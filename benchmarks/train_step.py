@@ -24,7 +24,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import nextn
-from nextn.evaluation.report import interval, machine
+from nextn.evaluation.report import Interval, interval, machine
 from nextn.model import MultiTokenModel
 
 
@@ -104,7 +104,7 @@ def main(
             f"{row['vocabulary']:,}",
             f"{row['over']} / {row['under']}",
             " / ".join(f"{each:.3f}" for each in row["seconds"]),
-            f"{row['ratio']:.3f} ({row['low']:.3f} – {row['high']:.3f})",
+            Interval(row["ratio"], row["low"], row["high"]).cell(3),
             f"{row['operations']:.3f}",
             f"{row['ratio'] / row['operations']:.3f}",
         )

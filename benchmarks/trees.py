@@ -24,8 +24,7 @@ from nextn.decoding.engine import Generation
 from nextn.decoding.tree import Tree, rank_shares
 from nextn.distill import interleaved
 from nextn.evaluation.acceptance import Acceptance
-from nextn.evaluation.batches import interval, ratio_cell
-from nextn.evaluation.report import machine, narrow_table
+from nextn.evaluation.report import interval, machine, narrow_table
 from nextn.formats.bundled import best_dtype, bundled_model, shipped_heads
 from nextn.formats.native import load, load_base, load_tokenizer
 from nextn.model import MultiTokenModel, as_text
@@ -96,9 +95,10 @@ def main(
     for name, row in rows.items():
         row["seconds"], row["ms_a_step"] = row["seconds"][1:], statistics.median(row["ms_a_step"][1:])
         ratios = [chain / own for chain, own in zip(rows["chain"]["seconds"], row["seconds"], strict=True)]
-        row["over_chain"] = interval(ratios)
+        over = interval(ratios)
+        row["over_chain"] = over._asdict()
         expected = "" if row["expected"] is None else f"{row['expected']:.2f}"
-        table.add_row(name, f"{row['tau']:.2f}", expected, f"{row['ms_a_step']:.1f}", ratio_cell(row["over_chain"]))
+        table.add_row(name, f"{row['tau']:.2f}", expected, f"{row['ms_a_step']:.1f}", over.cell())
     console.print(table)
     if tree is not None:
         chosen = next(each for each in trees.values() if each is not None)

@@ -113,11 +113,10 @@ def main(
         for column in ("output", "ms", "over shared", "captured"):
             table.add_column(column)
         for stated, row in found["batches"][rows].items():
-            over = row["over_shared"]
             table.add_row(
                 stated,
                 f"{row['draft_ms'][0]:.3f}",
-                f"{over[0]:.3f} ({over[1]:.3f} – {over[2]:.3f})",
+                row["over_shared"].cell(3),
                 str(row["captured"]),
             )
         Console().print(table)

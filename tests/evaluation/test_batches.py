@@ -8,18 +8,19 @@ import pytest
 from typer.testing import CliRunner
 
 from nextn.cli import app
-from nextn.evaluation.batches import batches_of, interval, numbers, roofline
+from nextn.evaluation.batches import batches_of, numbers, roofline
+from nextn.evaluation.report import interval
 from nextn.evaluation.speed import Prompt
 
 
 def test_the_interval_of_paired_ratios_is_that_of_their_median():
-    found = interval([1.2] * 9)
-    assert found == {"value": 1.2, "low": 1.2, "high": 1.2}
+    assert interval([1.2] * 9) == (1.2, 1.2, 1.2)
     found = interval([0.9, 1.0, 1.1, 1.2, 5.0])
-    assert found["value"] == 1.1 and 0.9 <= found["low"] < 1.1 < found["high"] <= 5.0
+    assert found.value == 1.1 and 0.9 <= found.low < 1.1 < found.high <= 5.0
     alike = interval([1.0, 1.0, 2.0, 2.0], [0, 0, 1, 1])
-    assert (alike["low"], alike["high"]) == (1.0, 2.0)  # repeats of a batch say nothing about other batches
-    assert interval([1.0]) == {"value": 1.0, "low": None, "high": None}
+    assert (alike.low, alike.high) == (1.0, 2.0)  # repeats of a batch say nothing about other batches
+    assert alike.cell() == "1.50 (1.00–2.00)"
+    assert interval([1.0]) == (1.0, None, None) and interval([1.0]).cell(3) == "1.000"
 
 
 def test_batches_are_of_one_category_and_full():

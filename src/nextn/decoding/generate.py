@@ -116,28 +116,24 @@ def custom_generate(
             "nextn.load of a directory and generate with its base."
         )
     ends = [each.max_length for each in stopping_criteria if type(each).__name__ == "MaxLengthCriteria"]
-    new = min([generation_config.max_length, *ends]) - input_ids.shape[1]
-    _refuse(generation_config, input_ids, model_kwargs.get("attention_mask"), token_streamer, new)
-    mask = model_kwargs.get("attention_mask")
+    begun, mask = input_ids.shape[1], model_kwargs.get("attention_mask")
+    new = min([generation_config.max_length, *ends]) - begun
+    _refuse(generation_config, input_ids, mask, token_streamer, new)
     mask = torch.ones_like(input_ids) if mask is None else mask
     prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+    padding = [begun - len(prompt) for prompt in prompts]
     stop_tokens, criteria = _stops(stopping_criteria, input_ids.device)
     keep_scores = bool(
         generation_config.return_dict_in_generate
         and (generation_config.output_scores or generation_config.output_logits)
     )
-    made_by = (id(heads), plain, depth, tree, heads.fingerprint())
     keep = bool(generation_config.return_dict_in_generate and generation_config.use_cache)
-    engine = _of_earlier_turn(model_kwargs.get("past_key_values"), len(prompts), made_by)
-    if engine is None:
-        drafting: dict[str, Any] = {} if plain else {"depth": depth, "tree": tree}
-        engine = heads.engine(len(prompts), 1 if plain else None, keep=keep, **drafting)
+    texts = _texts(model_kwargs.get("past_key_values"), heads, len(prompts), keep, plain, depth, tree)
+    engine = texts.engine
     if compile:
-        heads.compiled(
-            engine, 1 if plain else None, bool(logits_processor) or keep_scores or _samples(generation_config)
-        )
+        chance = bool(logits_processor) or keep_scores or _samples(generation_config)
+        heads.compiled(engine, 1 if plain else None, chance)
     engine.stop_tokens = frozenset(stop_tokens)
-    begun = input_ids.shape[1]
     if token_streamer is not None:
         token_streamer.put(input_ids.cpu())
     results = dict(
@@ -145,9 +141,7 @@ def custom_generate(
             prompts,
             max_new_tokens=new,
             on_tokens=_streaming(token_streamer),
-            sampling=_samplings(
-                generation_config, logits_processor, seed, sampling_method, [begun - len(p) for p in prompts]
-            ),
+            sampling=_samplings(generation_config, logits_processor, seed, sampling_method, padding),
             stop=criteria,
             keep_scores=keep_scores,
         )
@@ -157,17 +151,24 @@ def custom_generate(
         raise error
     if token_streamer is not None:
         token_streamer.end()
-    pad = getattr(generation_config, "_pad_token_tensor", None)
-    padding = int(pad) if pad is not None else next(iter(sorted(stop_tokens)), 0)
+    return _output(found, input_ids, generation_config, min(stop_tokens, default=0), texts)
+
+
+def _output(
+    found: Sequence[Generation], input_ids: Tensor, config: GenerationConfig, otherwise: int, texts: KeptTexts
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """What transformers' users expect; `otherwise` fills up short rows where there is no padding token."""
+    pad = getattr(config, "_pad_token_tensor", None)
     tokens = [torch.tensor(each.tokens, device=input_ids.device) for each in found]
-    sequences = torch.cat([input_ids, pad_sequence(tokens, batch_first=True, padding_value=padding)], dim=1)
-    if not generation_config.return_dict_in_generate:
+    filled = pad_sequence(tokens, batch_first=True, padding_value=otherwise if pad is None else int(pad))
+    sequences = torch.cat([input_ids, filled], dim=1)
+    if not config.return_dict_in_generate:
         return sequences
     return GenerateDecoderOnlyOutput(
         sequences=sequences,  # type: ignore[arg-type]
-        scores=_by_step(found, "scores") if generation_config.output_scores else None,  # type: ignore[arg-type]
-        logits=_by_step(found, "logits") if generation_config.output_logits else None,  # type: ignore[arg-type]
-        past_key_values=KeptTexts(engine, made_by) if generation_config.use_cache else None,
+        scores=_by_step(found, "scores") if config.output_scores else None,  # type: ignore[arg-type]
+        logits=_by_step(found, "logits") if config.output_logits else None,  # type: ignore[arg-type]
+        past_key_values=texts if config.use_cache else None,
     )
 
 
@@ -190,17 +191,21 @@ def _refuse(config: GenerationConfig, input_ids: Tensor, mask: Tensor | None, st
             raise GenerateError(why)
 
 
-def _of_earlier_turn(past: Any, rows: int, made_by: Any) -> Engine | None:
-    """The engine that read the texts of an earlier turn, if it would be made the same way today."""
+def _texts(
+    past: Any, heads: WithHeads, rows: int, keep: bool, plain: bool, depth: int | str | None, tree: Tree | None
+) -> KeptTexts:
+    """A new engine, or that of an earlier turn with what it has read, if it would be made the same way today."""
+    made_by = (id(heads), plain, depth, tree, heads.fingerprint())
     if isinstance(past, KeptTexts):
         if past.engine.rows == rows and past.made_by == made_by:
-            return past.engine
+            return past
         logger.warning("The cache is of other weights, settings or rows: the texts are read anew.")
     elif past is not None and past.get_seq_length() > 0:
         logger.warning(
             "The cache is not nextn's, so the texts are read anew; pass on what generate returns as past_key_values."
         )
-    return None
+    drafting: dict[str, Any] = {} if plain else {"depth": depth, "tree": tree}
+    return KeptTexts(heads.engine(rows, 1 if plain else None, keep=keep, **drafting), made_by)
 
 
 def _samples(config: GenerationConfig) -> bool:

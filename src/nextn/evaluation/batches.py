@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +17,7 @@ from nextn.decoding.sampling import Sampling
 from nextn.decoding.tree import Tree
 from nextn.evaluation.acceptance import DEFINITIONS, Acceptance
 from nextn.evaluation.bench import Settings, read
-from nextn.evaluation.report import acceptance_json, machine, narrow_table
+from nextn.evaluation.report import Interval, acceptance_json, interval, machine, narrow_table
 from nextn.evaluation.roofline import bound, measure_machine, step_cost
 from nextn.evaluation.speed import Prompt
 from nextn.formats.native import base_of, load, named_dtype
@@ -190,14 +189,8 @@ def figures(
         "batch": batch,
         "temperature": temperature,
         "compiled": ours.code is not None and plain.code is not None,
-        "ratio": interval([pair.ratio for pair in pairs], [pair.group for pair in pairs]),
-        "ratio_by_category": {
-            name: interval(
-                [pair.ratio for pair in pairs if pair.category == name],
-                [pair.group for pair in pairs if pair.category == name],
-            )
-            for name in categories
-        },
+        "ratio": _ratio(pairs),
+        "ratio_by_category": {name: _ratio([pair for pair in pairs if pair.category == name]) for name in categories},
         "tokens_per_second": {
             name: sum(pair.tokens[place] for pair in pairs) / sum(pair.seconds[place] for pair in pairs)
             for place, name in enumerate(("nextn", "plain"))
@@ -213,26 +206,9 @@ def figures(
     }
 
 
-def interval(ratios: Sequence[float], groups: Sequence[int] = (), draws: int = 2000) -> dict[str, float | None]:
-    """The median of paired ratios, with a 95% interval by bootstrap: batches are drawn anew, then their repeats.
-
-    Args:
-        groups: which batch of prompts each pair is of; default: each of its own.
-    """
-    groups = groups or range(len(ratios))
-    by_group = [np.array([ratio for ratio, g in zip(ratios, groups, strict=True) if g == each]) for each in set(groups)]
-    generator = np.random.default_rng(0)
-    medians = []
-    for _ in range(draws):
-        drawn = [by_group[place] for place in generator.integers(0, len(by_group), len(by_group))]
-        medians.append(np.median(np.concatenate([generator.choice(each, len(each)) for each in drawn])))
-    low, high = np.percentile(medians, [2.5, 97.5])
-    few = len(ratios) == 1
-    return {
-        "value": float(np.median(np.array(ratios))),
-        "low": None if few else float(low),
-        "high": None if few else float(high),
-    }
+def _ratio(pairs: Sequence[Pair]) -> dict[str, float | None]:
+    """Of the pairs, with an interval over batches of prompts and repeats."""
+    return interval([pair.ratio for pair in pairs], [pair.group for pair in pairs])._asdict()
 
 
 def roofline(costs: Sequence[dict[str, int]], limits: dict[str, float], batch: int) -> dict[str, float]:
@@ -266,18 +242,13 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
             str(row["batch"]),
             f"{row['temperature']:g}",
             *(f"{row['tokens_per_second'][name]:.0f}" for name in ("plain", "nextn")),
-            ratio_cell(row["ratio"]),
-            f"{worst[0]} {ratio_cell(worst[1])}",
+            Interval(**row["ratio"]).cell(),
+            f"{worst[0]} {Interval(**worst[1]).cell()}",
             "–" if row["tau"] is None else f"{row['tau']:.2f}",
             " ".join(shares),
             f"{row['texts_as_plain']}/{row['texts']}",
         )
     return shown
-
-
-def ratio_cell(found: dict[str, float | None]) -> str:
-    """`1.31 (1.20–1.42)`"""
-    return f"{found['value']:.2f}" + ("" if found["low"] is None else f" ({found['low']:.2f}–{found['high']:.2f})")
 
 
 def conditions(found: dict[str, Any]) -> str:

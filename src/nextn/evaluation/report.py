@@ -6,8 +6,9 @@ import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from rich.box import SIMPLE_HEAD
@@ -62,13 +63,37 @@ def percent(shares: Sequence[float | None]) -> str:
     return " ".join("–" if share is None or math.isnan(share) else f"{share:.0%}" for share in shares)
 
 
-def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
-    """The median of some values and its 95% interval, a bootstrap."""
-    drawn = torch.tensor(values, dtype=torch.float64)
-    places = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(0))
-    medians = drawn[places].quantile(0.5, dim=1)
-    low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(drawn.quantile(0.5)), low, high
+class Interval(NamedTuple):
+    """A median and the 95% interval around it; None where one value says nothing about others."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def cell(self, digits: int = 2) -> str:
+        """`1.31 (1.20–1.42)`"""
+        around = f" ({self.low:.{digits}f}–{self.high:.{digits}f})" if self.low is not None else ""
+        return f"{self.value:.{digits}f}{around}"
+
+
+def interval(values: Sequence[float], groups: Sequence[int] = (), draws: int = 2000) -> Interval:
+    """The median of some values and its 95% interval, a bootstrap: groups are drawn anew, then what is in each.
+
+    Args:
+        groups: which group each value is of; default: each is one of its own.
+    """
+    median = float(np.median(values))
+    if len(values) == 1:
+        return Interval(median)
+    groups = groups or range(len(values))
+    by_group = [np.array([value for value, g in zip(values, groups, strict=True) if g == each]) for each in set(groups)]
+    generator = np.random.default_rng(0)
+    medians = []
+    for _ in range(draws):
+        drawn = [by_group[place] for place in generator.integers(0, len(by_group), len(by_group))]
+        medians.append(np.median(np.concatenate([generator.choice(each, len(each)) for each in drawn])))
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return Interval(median, float(low), float(high))
 
 
 def _number(value: float) -> float | None:
