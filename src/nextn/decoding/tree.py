@@ -198,14 +198,14 @@ class TreeGrowth:
         return torch.cat([torch.zeros_like(parents[:, :1]), parents], dim=1), depths, sees
 
     def _ranked(self, scores: Tensor, ids: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The nodes of one depth of a static tree, from scores [B, M, K] after the nodes of the depth above."""
+        """The nodes of one depth of a static tree, from scores [B, M or 1, K] after the nodes of the depth above."""
         assert self.tree.paths is not None
         level = [path for path in self.tree.paths if len(path) == length]
         upper = [path for path in self.tree.paths if len(path) == length - 1] or [()]
         ranks = torch.tensor([path[-1] for path in level], device=scores.device)
         above = torch.tensor([upper.index(path[:-1]) for path in level], device=scores.device)
         order = scores.topk(min(int(ranks.max()) + 1, scores.shape[-1]), dim=-1).indices  # [B, M, R]
-        named = ids.gather(2, order)[:, above, ranks.clamp(max=order.shape[-1] - 1)]
+        named = ids.gather(2, order).expand(-1, len(upper), -1)[:, above, ranks.clamp(max=order.shape[-1] - 1)]
         # Fewer tokens than ranks: no draft.
         tokens = torch.where(ranks < order.shape[-1], named, -1)
         above = above.expand_as(tokens)
@@ -217,8 +217,9 @@ class TreeGrowth:
         spread = torch.where(self.chances.temperatures > 0, self.chances.temperatures, 1)[:, None, None]
         probable, order = (scores / spread).log_softmax(dim=-1).topk(width, dim=-1)  # [B, M, width]
         so_far = self.confidence[-1][..., None] if self.confidence else 0
-        confidence, chosen = (probable + so_far).flatten(1).topk(width, dim=1)
-        tokens = ids.gather(2, order).flatten(1).gather(1, chosen)
+        of_paths = probable + so_far
+        confidence, chosen = of_paths.flatten(1).topk(width, dim=1)
+        tokens = ids.gather(2, order).expand_as(of_paths).flatten(1).gather(1, chosen)
         return tokens, chosen // width, confidence
 
     def _branches(self, newest: Tensor, length: int) -> Branches:

@@ -71,7 +71,7 @@ class Growth(Protocol):
 
         Args:
             output: makes logits of this depth.
-            states: of the tokens before [B, M, D].
+            states: of the tokens before [B, M, D]; one [B, 1, D] where all have the same.
             depth: k = 2 … n.
             newest: the position of the newest state of the text [B].
         """

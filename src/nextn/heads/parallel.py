@@ -58,12 +58,10 @@ class ParallelHeads(Heads):
         # Only a layer with keys and values has to see the whole window.
         start = self.read(window.hidden if self.layered else window.newest(window.hidden)[:, None])
         states = [window.newest(state) if self.layered else state[:, 0] for state in self._chained(start, run)]
-        branches, newest = 1, window.newest(window.positions)
-        for k, state in enumerate(
-            states[: self._last(growth) - 1], start=2
-        ):  # whatever was drafted before, the state is the same
-            alike = self._end(trunk, state)[:, None].expand(-1, branches, -1)
-            branches = growth.level(trunk, self.output.at(k), alike, k, newest).tokens.shape[1]
+        newest = window.newest(window.positions)
+        for k, state in enumerate(states[: self._last(growth) - 1], start=2):
+            # Whatever was drafted before, the state is the same.
+            growth.level(trunk, self.output.at(k), self._end(trunk, state)[:, None], k, newest)
 
     def _chained(self, hidden: Tensor, run: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
         """run(place, what it reads) for every head, in order of depth."""
