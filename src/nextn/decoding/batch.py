@@ -215,16 +215,30 @@ class Batch:
     def is_greedy(self) -> bool:
         return not self.keep_scores and all(row is None or row.sampling.is_greedy for row in self.slots)
 
+    def step(self, wanted: Asked | None, greedy: bool) -> Step:
+        """Drafts, if any are wanted, and one trunk forward over the pending token and the drafts of every row."""
+        drafts = self._no_drafts()
+        if wanted is not None:
+            with self.clock("draft"):
+                drafts = self.propose(wanted)
+        elif self.drafter:
+            self.set_aside()
+        with self.clock("verify"):
+            return self.verify_tree(drafts) if drafts.shape is not None else self.verify_chain(drafts, greedy)
+
+    def _no_drafts(self) -> Drafts:
+        return Drafts(self.pending.new_empty(len(self.slots), 0))
+
     def verify_chain(self, drafts: Drafts, greedy: bool) -> Step:
-        tokens = drafts.tokens
-        padding = self.padding if not tokens.shape[1] else 0
+        tokens, width = drafts.tokens, drafts.tokens.shape[1] + 1
+        padding = self.padding if width == 1 else 0
         padded = torch.nn.functional.pad(tokens, (0, padding), value=-1)
         inputs = self.inputs(padded)
         if greedy:
             run, accepted, self.pending, self.lengths, tapped, positions = self.verify(*inputs)
-            return Step(list(self.slots), run, accepted, tapped, positions)
+            return Step(list(self.slots), run[:, :width], accepted, tapped[:, :width], positions[:, :width])
         logits, tapped, positions = self.score(*inputs)
-        logits, width = logits[:, : tokens.shape[1] + 1], tokens.shape[1] + 1
+        logits = logits[:, :width]
         at = self.lengths[:, None] + 1 + torch.arange(width, device=tokens.device)
         branches: list[list[list[int]]] = []
         if any(row is not None and row.sampling.reads_text for row in self.slots):
@@ -324,7 +338,7 @@ class Batch:
             row.unread, row.read = [], row.length - 1
         if drafts is None:
             logger.warning("There is not enough memory for the heads to read the texts: no drafts for now.")
-            drafts = Drafts(self.pending.new_full((len(self.slots), self.n - 1), -1))
+            return self._no_drafts()
         if drafts.shape is None:
             drafts.tokens = drafts.tokens[:, : wanted.levels]
         return drafts

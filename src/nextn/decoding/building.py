@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ import torch
 from nextn.config import cache_directory
 from nextn.decoding.compiled import Progress, compiled, key, machine_name, recall, remember
 from nextn.decoding.drafting import Asked, Codes, Draft, Drafts, HeadDrafter, NoisyDraft
-from nextn.decoding.pace import Profile
+from nextn.decoding.pace import TREE, Profile
 from nextn.decoding.rows import Generation, Row
 from nextn.decoding.tree import Chances
 from nextn.decoding.verify import Score, Verify, judged
@@ -135,30 +134,27 @@ def measure(engine: Engine, rows: int) -> Profile:
         return known
     example(engine, 0, rows=rows)
 
-    def timed(step: Callable[[], Any]) -> float:
-        step()
-        spent: list[float] = []
-        while len(spent) < 2 or (len(spent) < 7 and sum(spent) < 0.5):
-            start = time.perf_counter()
-            step()
-            spent.append(time.perf_counter() - start)
-        return statistics.median(spent)
-
     lengths, pending = engine.lengths, engine.pending
     fresh = engine.verify_chain(Drafts(pending.new_zeros(rows, max(widths))), greedy=True)
-    for row in engine.slots:
-        if row is not None:
-            row.unread = []
 
-    def step(wanted: Asked | None) -> None:
+    def seconds(wanted: Asked | None) -> float:
         engine.lengths, engine.pending, engine.fresh = lengths, pending, fresh
-        drafts = Drafts(pending.new_empty(rows, 0)) if wanted is None else engine.propose(wanted)
-        made = engine.verify_chain(drafts, greedy=True) if drafts.shape is None else engine.verify_tree(drafts)
-        made.run.tolist()
+        for row in engine.slots:
+            if row is not None:
+                row.unread = []
+        start = time.perf_counter()
+        engine.step(wanted, greedy=True).run.tolist()
+        return time.perf_counter() - start
 
-    profile = Profile({drafts: timed(partial(step, Asked(levels=drafts) if drafts else None)) for drafts in widths})
+    choices = {drafts: Asked(levels=drafts) if drafts else None for drafts in widths}
     if engine.tree is not None:
-        profile.tree = timed(partial(step, Asked(tree=engine.tree)))
+        choices[TREE] = Asked(tree=engine.tree)
+    # In turns, since machines are now faster, now slower; the first one warms up.
+    turns = [{choice: seconds(wanted) for choice, wanted in choices.items()}]
+    while len(turns) < 3 or (len(turns) < 8 and sum(sum(turn.values()) for turn in turns[1:]) < 0.5 * len(choices)):
+        turns.append({choice: seconds(wanted) for choice, wanted in choices.items()})
+    step = {choice: statistics.median(turn[choice] for turn in turns[1:]) for choice in choices}
+    profile = Profile(step, step.pop(TREE, None))
     profile.write(path)
     return profile
 
@@ -166,12 +162,13 @@ def measure(engine: Engine, rows: int) -> Profile:
 def _profile_name(engine: Engine, rows: int) -> str:
     heads = engine.drafter.heads if isinstance(engine.drafter, HeadDrafter) else None
     of_heads = heads and (
-        type(heads).__name__,
-        heads.n,
         [tuple(part.shape) for part in heads.state_dict().values()],
-    )
+        [(type(part).__name__, {name: value for name, value in vars(part).items() if isinstance(value, int | str)})
+         for part in heads.modules()],
+    )  # fmt: skip
+    code = engine.code and (engine.code.depths, bool(engine.code.score))
     parts = (
-        engine.trunk.settings(), engine.trunk.dtype, rows, of_heads, engine.tree, engine.code and engine.code.depths,
-        torch.__version__, machine_name(engine.trunk.device),
+        engine.trunk.settings(), engine.trunk.dtype, rows, of_heads, engine.tree, code, torch.__version__,
+        machine_name(engine.trunk.device),
     )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

@@ -23,7 +23,7 @@ from torch import Tensor
 from nextn.decoding.batch import Batch
 from nextn.decoding.building import Code, build, measure
 from nextn.decoding.compiled import CompileError, Progress, on_stderr
-from nextn.decoding.drafting import Asked, Drafter, Drafts, HeadDrafter
+from nextn.decoding.drafting import Asked, Drafter, HeadDrafter
 from nextn.decoding.pace import TREE, Pace, Profile, Tally
 from nextn.decoding.rows import DecodingError, Generation, OnTokens, Row, Run, Stop
 from nextn.decoding.sampling import GREEDY, Sampling
@@ -217,7 +217,7 @@ class Engine(Batch):
         count = self.rows if self.code or self.keep else max(1, min(self.rows, len(rows)))
         self.pace = self.paces.setdefault(count, self._new_pace())
         if self.depth == "auto" and self.drafter and self.pace.profile is None and rows:
-            self.pace.profile = self._measured(count)
+            self._measure(count)
         turn = self._turn = object()
         waiting = deque(row for row in rows if row.limit)
         self.begin(rows, count, goes_on=self.keep)
@@ -243,15 +243,16 @@ class Engine(Batch):
     def _new_pace(self) -> Pace:
         return Pace(self.n - 1, tree=None if self.tree is None else 1.0 + (self.tree.depth or self.n - 1) / 2)
 
-    def _measured(self, rows: int) -> Profile:
-        """What steps take with so many rows; where they cannot be tried there are plain ones alone."""
+    def _measure(self, rows: int) -> None:
+        """What steps take with so many rows; where they cannot be tried there are plain ones alone, this time."""
         try:
-            return measure(self, rows)
+            self.pace.profile = measure(self, rows)
         except Exception as error:
             if not is_out_of_memory(error) and not isinstance(error, DecodingError):
                 raise
             logger.warning("Steps with drafts cannot be tried on %s rows (%s): no drafts.", rows, error)
-            return Profile({0: 1.0})
+            self.pace = self._new_pace()
+            self.pace.profile = Profile({0: 1.0})
 
     def _leaving(self) -> list[Row]:
         """The rows that are done leave."""
@@ -276,23 +277,17 @@ class Engine(Batch):
 
     def _step(self, waiting: bool) -> None:
         """Drafts, one trunk forward over the pending token and the drafts of every row, and what stands of them."""
-        greedy = self.is_greedy()
-        kind = "greedy" if greedy else "scores"
+        kind = "greedy" if self.is_greedy() else "scores"
         behind = not self.is_fresh
         choice = self._drafts_to_read(kind, waiting, behind)
         begun = time.perf_counter()
-        if choice:
-            before = self.pending.clone(), self.lengths.clone()
-            with self.clock("draft"):
-                drafts = self.propose(Asked(tree=self.tree) if choice == TREE else Asked(levels=choice))
-        else:
-            if self.drafter:
-                self.set_aside()
-            drafts = Drafts(self.pending.new_empty(len(self.slots), 0))
+        before = self.pending.clone(), self.lengths.clone()
+        chain = Asked(levels=choice) if choice else None
+        self.fresh = step = self.step(Asked(tree=self.tree) if choice == TREE else chain, kind == "greedy")
         with self.clock("verify"):
-            step = self.verify_tree(drafts) if drafts.shape is not None else self.verify_chain(drafts, greedy)
             runs, counts = step.run.tolist(), step.accepted.tolist()
-        self.fresh = step
+        if step.run.shape[1] == 1:  # there was no memory for drafts
+            choice = 0
         self.steps[choice] += 1
         stood = [(row.tally, count) for count, row in zip(counts, self.slots, strict=True) if row is not None]
         self.pace.note(choice, stood, time.perf_counter() - begun, behind, kind)
