@@ -13,6 +13,7 @@ import torch
 import transformers as tf
 
 import nextn
+from nextn.decoding.pace import Pace
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
@@ -186,3 +187,13 @@ def greedy_reference(model: tf.PreTrainedModel, prompt: list[int], new: int, sto
     while len(ids) < len(prompt) + new and not (len(ids) > len(prompt) and ids[-1] in stops):
         ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
     return ids[len(prompt) :]
+
+
+class Restless(Pace):
+    """Drafts now more, now fewer tokens, by a plan."""
+
+    plan = (3,)
+
+    def choose(self, texts, waiting=False, behind=False, kind="greedy") -> int:
+        self.plan = [*self.plan[1:], self.plan[0]]
+        return -1 if self.tree is not None and self.plan[0] == 3 else self.plan[0]

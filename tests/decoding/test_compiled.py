@@ -60,11 +60,14 @@ def test_compiled_sampling_and_depths_give_the_eager_text(trained_host, cache):
     for settings in ({}, {"temperature": 1.0, "top_k": 20}, {"repetition_penalty": 1.3}):
         sampling = nextn.Sampling(**settings, seed=2)
         expected = dict(model.engine(heads=1, stop_tokens=[]).generate(prompts, 24, sampling=sampling))
-        for depth in ("auto", 3):
+        for depth in ("auto", 1, 3):
             engine.depth = depth
             found = dict(engine.generate(prompts, 24, sampling=sampling))
             assert [found[row].tokens for row in range(3)] == [expected[row].tokens for row in range(3)]
-    assert set(engine.steps) == {3}
+            if depth != "auto":
+                assert set(engine.steps) == {depth}
+                eager = dict(model.engine(rows=2, depth=depth, stop_tokens=[]).generate(prompts, 24, sampling=sampling))
+                assert [found[row].accepted for row in range(3)] == [eager[row].accepted for row in range(3)]
 
 
 @pytest.mark.slow

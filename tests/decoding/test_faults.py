@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nextn
-from conftest import KINDS, fit, greedy_reference, made_up_text
+from conftest import KINDS, Restless, fit, greedy_reference, made_up_text
 from nextn.decoding.drafting import Drafts, HeadDrafter
 from nextn.decoding.engine import Engine, PromptError
-from nextn.decoding.pace import Pace, Profile
+from nextn.decoding.pace import Profile
 from nextn.decoding.rows import DecodingError
 from nextn.decoding.sampling import Sampling
 from nextn.decoding.tree import Tree
@@ -430,13 +430,3 @@ def drawn_texts(model) -> list[list[int]]:
     sampling = [replace(DRAWN, seed=each) for each in range(len(PROMPTS))]
     found = dict(model.engine(heads=1, stop_tokens=[]).generate(PROMPTS, NEW, sampling=sampling))
     return [found[each].tokens for each in range(len(PROMPTS))]
-
-
-class Restless(Pace):
-    """Drafts now more, now fewer tokens, by a plan."""
-
-    plan = (3,)
-
-    def choose(self, texts, waiting=False, behind=False, kind="greedy") -> int:
-        self.plan = [*self.plan[1:], self.plan[0]]
-        return -1 if self.tree is not None and self.plan[0] == 3 else self.plan[0]

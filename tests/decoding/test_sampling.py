@@ -10,8 +10,9 @@ import torch
 import transformers as tf
 from scipy import stats
 
-from conftest import KINDS, VOCAB, made_up_text
+from conftest import KINDS, VOCAB, Restless, made_up_text
 from nextn.decoding.engine import Engine
+from nextn.decoding.pace import Profile
 from nextn.decoding.sampling import Sampling, SamplingError, gumbel, keys, uniform
 from nextn.decoding.tree import Tree
 
@@ -145,6 +146,17 @@ def test_three_tokens_have_the_trunks_joint_law(one_kind, name, way):
     sampling = Sampling(**SAMPLINGS[name], **WAYS[way], seed=1000)
     engine = one_kind.engine(rows=64, stop_tokens=[])
     counts = drawn_joint(engine, sampling, PROMPT, 4000)
+    assert p_value(counts, joint_law(one_kind.base, sampling, PROMPT)) > 1e-4
+
+
+@pytest.mark.parametrize("way", ["rejection", pytest.param("block", marks=pytest.mark.slow)])
+def test_the_joint_law_stays_where_the_number_of_drafts_changes(one_kind, way):
+    sampling = Sampling(**SAMPLINGS["temperature 1"], **WAYS[way], seed=2000)
+    engine = one_kind.engine(rows=64, stop_tokens=[], depth="auto")
+    engine.paces = {64: (pace := Restless(3, Profile(dict.fromkeys(range(4), 1.0))))}
+    pace.plan = [1, 3, 2, 0]
+    counts = drawn_joint(engine, sampling, PROMPT, 4000)
+    assert set(engine.steps) > {1, 2, 3}
     assert p_value(counts, joint_law(one_kind.base, sampling, PROMPT)) > 1e-4
 
 

@@ -339,9 +339,10 @@ class Batch:
         if drafts is None:
             logger.warning("There is not enough memory for the heads to read the texts: no drafts for now.")
             return self._no_drafts()
-        if drafts.shape is None:
-            drafts.tokens = drafts.tokens[:, : wanted.levels]
-        return drafts
+        if drafts.shape is not None:
+            return drafts
+        drawn_from = None if drafts.drawn_from is None else drafts.drawn_from[:, : wanted.levels]
+        return Drafts(drafts.tokens[:, : wanted.levels], drawn_from)
 
     def _draft_after(self, active: list[int], chunk: int, wanted: Asked) -> Drafts:
         """Drafts of some rows, from all that the drafter has not seen of them."""

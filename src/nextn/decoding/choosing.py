@@ -90,7 +90,7 @@ def reject(rows: Sequence[Row | None], drafts: Drafts, scores: Tensor, run: Tens
     if drafts.drawn_from is None:
         q = torch.zeros_like(p[:, :-1]).scatter(2, tokens.clamp(min=0)[..., None], 1.0)
     else:
-        q = drafts.drawn_from[slots][:, : tokens.shape[1]]
+        q = drafts.drawn_from[slots]
         usable = q.isfinite().all(dim=-1).long().cumprod(dim=1).bool()  # broken heads: no drafts
         tokens = torch.where(usable, tokens, -1)
         q = torch.where(usable[..., None], q, 0)

@@ -246,4 +246,4 @@ class _Graphed:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             outputs = self.function(*held)
-        return graph, held, outputs  # held: a graph reads its inputs where they were
+        return graph, held[:-1], outputs  # it reads its inputs where they were; caches belong to the engine

@@ -21,8 +21,8 @@ from nextn.trunk import RaggedCache, Trunk
 class Drafts:
     """What is proposed to the trunk.
 
-    tokens: [B, n-1], or all nodes of a tree but the pending token [B, T-1]; -1 for no draft.
-    drawn_from: the probabilities [B, n-1, V] that a chain was drawn from; None where its tokens were not drawn.
+    tokens: [B, d] up to d = n - 1, or all nodes of a tree but the pending token [B, T-1]; -1 for no draft.
+    drawn_from: the probabilities [B, d, V] that a chain was drawn from; None where its tokens were not drawn.
     shape: of a tree, see `TreeGrowth.shape`; None for a chain.
     """
 
@@ -32,7 +32,7 @@ class Drafts:
 
 
 class Drafter(Protocol):
-    """Proposes `drafts` tokens a row after each trunk forward."""
+    """Proposes up to `drafts` tokens a row after each trunk forward."""
 
     drafts: int  # n - 1
     tap: Tap  # the trunk state that it reads
@@ -58,6 +58,7 @@ class Drafter(Protocol):
             following: the token after each of them [B, T], accepted drafts and the new pending token included.
             last: index [B] into T of the newest valid state; its following token is the pending one.
             rows: which of the sequences these are [B].
+            asked: what kind of drafts.
         """
 
 

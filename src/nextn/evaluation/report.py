@@ -85,13 +85,17 @@ def interval(values: Sequence[float], groups: Sequence[int] = (), draws: int = 2
     median = float(np.median(values))
     if len(values) == 1:
         return Interval(median)
-    groups = groups or range(len(values))
-    by_group = [np.array([value for value, g in zip(values, groups, strict=True) if g == each]) for each in set(groups)]
-    generator = np.random.default_rng(0)
-    medians = []
-    for _ in range(draws):
+    generator, known = np.random.default_rng(0), np.array(values)
+    by_group = [known[[place for place, g in enumerate(groups) if g == each]] for each in sorted(set(groups))]
+
+    def median_of_groups() -> float:
         drawn = [by_group[place] for place in generator.integers(0, len(by_group), len(by_group))]
-        medians.append(np.median(np.concatenate([generator.choice(each, len(each)) for each in drawn])))
+        return float(np.median(np.concatenate([generator.choice(each, len(each)) for each in drawn])))
+
+    if groups:
+        medians = np.array([median_of_groups() for _ in range(draws)])
+    else:
+        medians = np.median(generator.choice(known, (draws, len(known))), axis=1)
     low, high = np.percentile(medians, [2.5, 97.5])
     return Interval(median, float(low), float(high))
 

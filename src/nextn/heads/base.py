@@ -77,7 +77,7 @@ class Growth(Protocol):
         """
 
     def drafts(self) -> Tensor:
-        """What was drafted [B, n-1], or all nodes of a tree but the pending token [B, T-1]."""
+        """What was drafted [B, n-1] or fewer, or all nodes of a tree but the pending token [B, T-1]."""
 
 
 class Chain(ABC):
@@ -202,7 +202,7 @@ class Heads(nn.Module, ABC):
         rows: Tensor | None,
         growth: Growth | None = None,
     ) -> Tensor:
-        """Drafts 1 … n-1: token ids [B, n-1], or as many [B, T-1] as a tree has. Writes its K/V into `caches`.
+        """Drafts, all n - 1 or as many as are asked for: ids [B, n-1], [B, T-1] of a tree. Writes K/V into `caches`.
 
         Args:
             caches: the heads' own; or, for heads that read the trunk's keys and values, one for each of `reads`.
