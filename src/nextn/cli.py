@@ -266,7 +266,9 @@ def generate(
     min_p: Annotated[float, typer.Option(help="Only tokens of this share of the best one's probability.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: against what was said already.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text, with drafts and without.")] = 0,
-    tree: Annotated[Path | None, typer.Option(help="Read a tree of drafts (JSON), not a chain.")] = None,
+    tree: Annotated[
+        Path | None, typer.Option(help="A tree of drafts (JSON), where it pays; --depth all: always.")
+    ] = None,
     depth: Annotated[
         str, typer.Option(help="Drafts a step reads: a number, all, or auto (as far as it pays).")
     ] = "auto",
