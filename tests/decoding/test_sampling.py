@@ -232,6 +232,30 @@ def test_a_processor_that_remembers_sees_each_token_once(one_kind, caplog):
     assert set(results[0][1].drafted) == {0}
 
 
+@pytest.mark.parametrize("name", ["watermark", "guidance"])
+def test_stateful_processors_of_transformers_force_plain_steps(one_kind, name, caplog):
+    def processor():
+        if name == "watermark":
+            return tf.WatermarkLogitsProcessor(VOCAB, "cpu", greenlist_ratio=0.5, bias=3.0)
+        return tf.UnbatchedClassifierFreeGuidanceLogitsProcessor(1.8, one_kind.base)
+
+    def by_hand(prompt: list[int], count: int) -> list[int]:
+        text, own = list(prompt), processor()
+        for _ in range(count):
+            ids = torch.tensor([text])
+            text.append(int(own(ids, one_kind.base(ids).logits[:, -1].float()).argmax()))
+        return text[len(prompt) :]
+
+    prompts = [PROMPT, PROMPT[:3]]
+    with torch.no_grad():
+        expected = [by_hand(prompt, 12) for prompt in prompts]
+    with caplog.at_level(logging.WARNING):
+        engine = one_kind.engine(rows=2, stop_tokens=[])
+        assert texts(engine, prompts, 12, Sampling(processors=(processor(),))) == expected
+    assert set(engine.steps) == {0} and "there is no drafting" in caplog.text
+    assert expected != texts(engine, prompts, 12, Sampling())
+
+
 def test_a_processor_is_called_with_the_exact_text(one_kind):
     class Recorder(tf.LogitsProcessor):
         stateless = True

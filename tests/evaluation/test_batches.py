@@ -8,8 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from nextn.cli import app
-from nextn.evaluation.batches import batches_of, numbers, roofline
+from nextn.evaluation.batches import batches_of, least_seconds, numbers
 from nextn.evaluation.report import interval
+from nextn.evaluation.roofline import step_cost
 from nextn.evaluation.speed import Prompt
 
 
@@ -32,10 +33,19 @@ def test_batches_are_of_one_category_and_full():
 def test_the_roofline_of_a_batch_counts_weights_once_and_operations_for_every_row():
     cost = {"weight_bytes": 1000, "cache_bytes_per_position": 1, "operations": 500}
     limits = {"bandwidth": 1e3, "rate": 1e3}
-    found = roofline([cost | {"operations": 2000}, cost], limits, batch=1)
-    assert found["plain_ms"] == pytest.approx(1128) and found["drafting_ms"] == pytest.approx(2000)
-    found = roofline([cost | {"operations": 2000}, cost], limits, batch=8)
-    assert found["plain_ms"] == pytest.approx(4000) and found["break_even_tau"] == pytest.approx(4.0)
+    assert least_seconds(cost, limits, batch=1) == pytest.approx(1.128)
+    assert least_seconds(cost | {"operations": 2000}, limits, batch=1) == pytest.approx(2.0)
+    assert least_seconds(cost, limits, batch=8) == pytest.approx(4.0)
+
+
+def test_what_a_step_costs_grows_with_its_drafts(trained_model):
+    engine = trained_model.engine(stop_tokens=[])
+    list(engine.generate([[5, 6, 7]], 4))
+    costs = [step_cost(engine, drafts) for drafts in range(4)]
+    assert costs[3] == step_cost(engine) and costs[0]["draft_operations"] == costs[0]["draft_weight_bytes"] == 0
+    trunk = costs[0]["operations"]
+    assert [cost["operations"] - cost["draft_operations"] for cost in costs] == [trunk, 2 * trunk, 3 * trunk, 4 * trunk]
+    assert 0 < costs[1]["draft_operations"] < costs[2]["draft_operations"] < costs[3]["draft_operations"]
 
 
 def test_lists_of_numbers():

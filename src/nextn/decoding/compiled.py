@@ -74,12 +74,12 @@ def compiled(module: nn.Module, inputs: tuple[Any, ...], progress: Progress = on
         except OSError as error:
             raise CompileError(f"{path.parent} cannot be written ({_first_line(error)})") from None
     on_gpu = inputs[0].device.type == "cuda"
-    package = _loaded.get(path) or _load(path, on_gpu)
-    _loaded[path] = package
+    package = _loaded.get(str(path)) or _load(path, on_gpu)
+    _loaded[str(path)] = package
     return _Graphed(_flat(package)) if on_gpu else _flat(package)
 
 
-_loaded: WeakValueDictionary[Path, Any] = WeakValueDictionary()  # a package is as large as the weights: once is enough
+_loaded: WeakValueDictionary[str, Any] = WeakValueDictionary()  # a package is as large as the weights: once is enough
 
 
 def package_directory() -> Path:

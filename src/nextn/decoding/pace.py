@@ -26,7 +26,7 @@ MEMORY, SHARED_MEMORY = 60, 150  # tries after which one weighs 1/e, for a text 
 RATE, OWN_RATE, OUTLIER = 0.25, 0.05, 2.0
 MARGIN = 1.05  # how much faster drafting must be for a plain step to be left
 RECHECK = 128  # steps with drafts, one after the other, until a plain one is timed again
-FIRST_LOOK, LONGEST_WAIT = 256, 4096  # plain steps until drafts are tried again; after each time twice as many
+FIRST_LOOK, LONGEST_WAIT = 64, 4096  # plain steps until drafts are tried again; after each time twice as many
 STEADY = 16  # steps with drafts after which they are no mere try any more
 
 

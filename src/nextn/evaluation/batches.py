@@ -98,10 +98,10 @@ def sweep(
         work = batches_of(by_category, batch, varied.groups)
         for temperature in varied.temperatures:
             pairs = race(engines, work, replace(varied.method, temperature=temperature), settings, console)
-            costs = [step_cost(engine) for engine in engines]
             if "bandwidth" not in found["machine"]:
-                found["machine"] |= measure_machine(named_dtype(settings.dtype), costs[0]["weight_bytes"])
-            row = figures(engines, pairs, batch, temperature, costs, found["machine"])
+                weights = step_cost(engines[0])["weight_bytes"]
+                found["machine"] |= measure_machine(named_dtype(settings.dtype), weights)
+            row = figures(engines, pairs, batch, temperature) | {"pays": pays(engines[0], found["machine"])}
             found["rows"].append(row)
             keep(found)
             console.print(table([row]))
@@ -169,14 +169,7 @@ def _pair(
     )
 
 
-def figures(
-    engines: tuple[Engine, Engine],
-    pairs: Sequence[Pair],
-    batch: int,
-    temperature: float,
-    costs: Sequence[dict[str, int]],
-    limits: dict[str, float],
-) -> dict[str, Any]:
+def figures(engines: tuple[Engine, Engine], pairs: Sequence[Pair], batch: int, temperature: float) -> dict[str, Any]:
     """The figures of one batch size and temperature: overall, and the ratio by category."""
     ours, plain = engines
     categories = sorted({pair.category for pair in pairs})
@@ -201,8 +194,6 @@ def figures(
         **acceptance_json(acceptance),
         "texts": sum(len(pair.results) for pair in pairs),
         "texts_as_plain": sum(pair.alike for pair in pairs),
-        "profile": None if ours.pace.profile is None else vars(ours.pace.profile),
-        "roofline": roofline(costs, limits, batch),
     }
 
 
@@ -211,23 +202,29 @@ def _ratio(pairs: Sequence[Pair]) -> dict[str, float | None]:
     return interval([pair.ratio for pair in pairs], [pair.group for pair in pairs])._asdict()
 
 
-def roofline(costs: Sequence[dict[str, int]], limits: dict[str, float], batch: int) -> dict[str, float]:
-    """The least ms of a step of all rows with n - 1 drafts and of a plain one, after 128 tokens.
+def pays(engine: Engine, limits: dict[str, float]) -> dict[str, dict[str, float | None]]:
+    """By drafts a row: the ms of a step of all rows, and from how many tokens a step on it beats plain steps (τ).
 
-    Where both are at their bounds, drafting pays from `break_even_tau` tokens a step on.
+    As measured at first, None where it was not; and the least by the machine's limits, after 128 tokens.
     """
-    least = {}
-    for name, cost in zip(("drafting", "plain"), costs, strict=True):
-        whole = cost | {
-            "operations": cost["operations"] * batch,
-            "cache_bytes_per_position": cost["cache_bytes_per_position"] * batch,
+    measured = engine.pace.profile.step if engine.pace.profile else {}
+    least = {drafts: 1e3 * least_seconds(step_cost(engine, drafts), limits, engine.rows) for drafts in {0, *measured}}
+    return {
+        str(drafts): {
+            "ms": 1e3 * measured[drafts] if drafts in measured else None,
+            "tau": measured[drafts] / measured[0] if drafts in measured else None,
+            "least_ms": ms,
+            "least_tau": ms / least[0],
         }
-        found = bound(whole, limits, 128)
-        least[name] = 1e3 * max(found["by_bytes"], found["by_operations"])
-    return {f"{name}_ms": ms for name, ms in least.items()} | {
-        "break_even_tau": least["drafting"] / least["plain"],
-        "operations_a_byte": limits["rate"] / limits["bandwidth"],
+        for drafts, ms in sorted(least.items())
     }
+
+
+def least_seconds(cost: dict[str, int], limits: dict[str, float], batch: int) -> float:
+    """Of a step of so many rows: weights are read once, the rest is for each row."""
+    whole = cost | {name: cost[name] * batch for name in ("operations", "cache_bytes_per_position")}
+    found = bound(whole, limits, 128)
+    return max(found["by_bytes"], found["by_operations"])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:

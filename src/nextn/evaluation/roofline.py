@@ -13,30 +13,33 @@ from nextn.decoding.engine import Engine
 from nextn.output import SharedOutput
 
 
-def step_cost(engine: Engine) -> dict[str, int]:
+def step_cost(engine: Engine, drafts: int | None = None) -> dict[str, int]:
     """What one step of one row must read and do.
 
     Each weight is counted once (those of a recurrent module may stay in the processor's cache between drafts), an
     embedding table that is not the unembedding not at all, and every expert of a mixture.
 
+    Args:
+        drafts: how many are made and read; default: all. A plain step costs nothing of the heads.
+
     Returns:
         `weight_bytes`, `cache_bytes_per_position`, `operations` (two per weight and token), of trunk and heads
         together; `draft_weight_bytes` and `draft_operations`, the part of the heads.
     """
-    trunk, width = engine.trunk, engine.n
+    trunk, drafts = engine.trunk, engine.n - 1 if drafts is None else drafts
     sizes = {id(parameter): parameter.numel() for parameter in trunk.model.parameters()}
     if trunk.embedding.weight is not trunk.unembedding.weight:
         del sizes[id(trunk.embedding.weight)]
     weights = sum(sizes.values())
     draft_weights = draft_operations = 0
-    if isinstance(engine.drafter, HeadDrafter):
+    if isinstance(engine.drafter, HeadDrafter) and drafts:
         heads = engine.drafter.heads
         every = sum(parameter.numel() for parameter in heads.parameters())
         own, table = every - sum(part.numel() for part in heads.output.parameters()), heads.output.operations(trunk)
         # A shared output is the trunk's table again; the rows of any other one are read besides.
         draft_weights = own + (0 if isinstance(heads.output, SharedOutput) else table)
         # All states of a step go through the heads once; a recurrent module sees its own states after that.
-        draft_operations = 2 * (own * (width + (heads.n - 2) * heads.recurrent) + table * (heads.n - 1))
+        draft_operations = 2 * (own * (1 + drafts + (drafts - 1) * heads.recurrent) + table * drafts)
     size = trunk.unembedding.weight.element_size()
     pairs = engine.cache.buffers
     for cache in engine.drafter.caches if isinstance(engine.drafter, HeadDrafter) else []:
@@ -47,7 +50,7 @@ def step_cost(engine: Engine) -> dict[str, int]:
         "weight_bytes": (weights + draft_weights) * size,
         "draft_weight_bytes": draft_weights * size,
         "cache_bytes_per_position": sum(layer_bytes),
-        "operations": 2 * weights * width + draft_operations,
+        "operations": 2 * weights * (1 + drafts) + draft_operations,
         "draft_operations": draft_operations,
     }
 
