@@ -236,8 +236,8 @@ def test_a_processor_that_remembers_sees_each_token_once(one_kind, caplog):
 def test_stateful_processors_of_transformers_force_plain_steps(one_kind, name, caplog):
     def processor():
         if name == "watermark":
-            return tf.WatermarkLogitsProcessor(VOCAB, "cpu", greenlist_ratio=0.5, bias=3.0)
-        return tf.UnbatchedClassifierFreeGuidanceLogitsProcessor(1.8, one_kind.base)
+            return tf.WatermarkLogitsProcessor(VOCAB, "cpu", greenlist_ratio=0.5, bias=30.0)
+        return tf.UnbatchedClassifierFreeGuidanceLogitsProcessor(-3.0, one_kind.base)
 
     def by_hand(prompt: list[int], count: int) -> list[int]:
         text, own = list(prompt), processor()
