@@ -72,8 +72,8 @@ def build(engine: Engine, progress: Progress, sampling: bool) -> Code:
         inputs = engine.drafter.step_inputs(tapped, positions, targets, accepted, noise)
         heads = engine.drafter.heads
         # Modules that look back make all drafts, however few are wanted.
-        wanted = [full] if heads.lookback else [depth for depth in depths if depth]
-        return {levels: compiled(module(engine.trunk, heads, levels), inputs, progress) for levels in wanted}
+        wanted = [full] if heads.lookback else code.depths
+        return {levels: compiled(module(engine.trunk, heads, levels), inputs, progress) for levels in wanted if levels}
 
     code = replace(code, drafts=by_levels(Draft, None))
     return replace(code, noisy_drafts=by_levels(NoisyDraft, chances)) if sampling else code

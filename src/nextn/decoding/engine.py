@@ -281,7 +281,9 @@ class Engine(Batch):
         behind = not self.is_fresh
         choice = self._drafts_to_read(kind, waiting, behind)
         begun = time.perf_counter()
-        before = self.pending.clone(), self.lengths.clone()
+        before = self.pending, self.lengths
+        if choice:  # to take back what drafts broke; machine code may write there again
+            before = self.pending.clone(), self.lengths.clone()
         chain = Asked(levels=choice) if choice else None
         self.fresh = step = self.step(Asked(tree=self.tree) if choice == TREE else chain, kind == "greedy")
         with self.clock("verify"):
