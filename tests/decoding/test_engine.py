@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -73,6 +75,35 @@ def test_any_drafter_gives_the_plain_text(trained_host, prompts, script, rows):
         assert accepted and set(accepted) == {3}
     if script == "always wrong":
         assert set(accepted) == {0}
+
+
+def test_stepwise_comes_back_after_each_step(trained_model, prompts):
+    one, other = (trained_model.engine(rows=2, heads=heads, stop_tokens=[]) for heads in (None, 1))
+    expected = texts_of(other.generate(prompts, 12))
+    emitted: list[int] = []
+    runs = (
+        one.stepwise(prompts, 12, lambda _index, tokens, _origins: emitted.append(len(tokens))),
+        other.stepwise(prompts, 12),
+    )
+    found: tuple[list, list] = ([], [])
+    for finished in zip_longest(*runs, fillvalue=()):  # two engines in turns
+        assert len(emitted) <= 2  # one step of two rows
+        emitted.clear()
+        for all_of_it, results in zip(found, finished, strict=True):
+            all_of_it.extend(results)
+    assert texts_of(found[0]) == texts_of(found[1]) == expected
+
+
+def test_between_steps_a_text_can_be_cancelled(trained_model, prompts):
+    engine = trained_model.engine(rows=1, heads=1, stop_tokens=[])
+    run, found = engine.stepwise(prompts[:2], 12), {}
+    for steps, finished in enumerate(run):
+        found.update(finished)
+        if steps == 4:  # none yet, the first token, and three steps
+            engine.cancel(0)
+            engine.cancel(1)
+    assert [len(found[index].tokens) for index in (0, 1)] == [4, 0]
+    assert {each.finish for each in found.values()} == {"cancelled"}
 
 
 @pytest.mark.parametrize(("rows", "depth"), [(1, None), (2, None), (4, None), (2, 1)])

@@ -155,12 +155,25 @@ class Engine(Batch):
             PromptError: for an empty prompt or one that fills the context, or a length that is no length.
             SamplingError: for sampling that cannot be.
         """
+        steps = self.stepwise(prompts, max_new_tokens, on_tokens, sampling, stop, keep_scores)
+        results = (result for finished in steps for result in finished)
+        return results if progress is None else _shown(results, len(prompts), progress)
+
+    def stepwise(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | Sequence[int],
+        on_tokens: OnTokens | None = None,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        stop: Stop | None = None,
+        keep_scores: bool = False,
+    ) -> Iterator[list[tuple[int, Generation]]]:
+        """As `generate`, for who has other things to do between steps: comes back after each with what it finished."""
         rows = self._rows(prompts, max_new_tokens, sampling)
         self._cancelled = set()
         for row in rows:
             row.on_tokens, row.stop = on_tokens, stop
-        results = self._results(rows, keep_scores)
-        return results if progress is None else _shown(results, len(rows), progress)
+        return self._going_on(rows, keep_scores)
 
     def cancel(self, index: int) -> None:
         """End the text of a prompt of the running `generate`, before its next step; it finishes as `cancelled`."""
@@ -212,7 +225,7 @@ class Engine(Batch):
             )
 
     @torch.inference_mode()
-    def _results(self, rows: list[Row], keep_scores: bool) -> Iterator[tuple[int, Generation]]:
+    def _going_on(self, rows: list[Row], keep_scores: bool) -> Iterator[list[tuple[int, Generation]]]:
         # What is compiled has a fixed number of rows; otherwise a free row would cost for nothing.
         count = self.rows if self.code or self.keep else max(1, min(self.rows, len(rows)))
         self.pace = self.paces.setdefault(count, self._new_pace())
@@ -223,22 +236,23 @@ class Engine(Batch):
         self.begin(rows, count, goes_on=self.keep)
         self.steps, self._alone = Counter(), False
         self.keep_scores = keep_scores
-        done = [row for row in rows if not row.limit]
-        for row in done:
+        finished = [row for row in rows if not row.limit]
+        for row in finished:
             row.result.finish = "length"
-        while waiting or done or any(self.slots):
-            for row in [*done, *self._drop_cancelled(waiting), *self._leaving()]:
-                yield row.index, row.result
-                if self._turn is not turn:
-                    raise DecodingError("This engine began another generate; what was left of this one is lost.")
-            done = []
-            if self._cancelled:  # by whoever was told of these
-                continue
-            if waiting and not all(self.slots):
-                with self.clock("prefill"):
-                    self.admit(waiting)
-            elif any(self.slots):
-                self._step(bool(waiting))
+        while finished or waiting or any(self.slots):
+            yield [(row.index, row.result) for row in finished]
+            if self._turn is not turn:
+                raise DecodingError("This engine began another generate; what was left of this one is lost.")
+            if not self._cancelled:  # by whoever was told of these
+                self._admit_or_step(waiting)
+            finished = [*self._drop_cancelled(waiting), *self._leaving()]
+
+    def _admit_or_step(self, waiting: deque[Row]) -> None:
+        if waiting and not all(self.slots):
+            with self.clock("prefill"):
+                self.admit(waiting)
+        elif any(self.slots):
+            self._step(bool(waiting))
 
     def _new_pace(self) -> Pace:
         return Pace(self.n - 1, tree=None if self.tree is None else 1.0 + (self.tree.depth or self.n - 1) / 2)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from nextn.decoding.engine import Engine, Generation, progress_bar
 from nextn.decoding.pace import TREE
+from nextn.decoding.rows import OnTokens
 from nextn.decoding.sampling import Sampling
 from nextn.decoding.tree import Tree
 from nextn.evaluation.acceptance import DEFINITIONS, Acceptance
@@ -125,7 +126,7 @@ def race(
     settings: Settings,
     console: Console,
 ) -> list[Pair]:
-    """Both engines on every batch of prompts, one after the other, each time in another order."""
+    """Both engines on every batch of prompts, in turns, step by step; who begins is drawn."""
     for engine in engines:
         list(engine.generate(work[0][1], WARM_UP, sampling=sampling))
     shuffled, pairs = random.Random(0), []
@@ -144,14 +145,31 @@ def race(
 def _both(
     engines: tuple[Engine, Engine], prompts: list[list[int]], sampling: Sampling, new: int, shuffled: random.Random
 ) -> tuple[list[float], list[list[Generation]]]:
-    """Seconds and generations of both."""
-    seconds, found = [0.0, 0.0], [list[Generation](), list[Generation]()]
-    for place in shuffled.sample((0, 1), 2):
+    """Seconds and generations of both; whoever has fewer tokens makes the next step.
+
+    So both meet the same machine, which is faster in one second and slower in another.
+    """
+    seconds, tokens = [0.0, 0.0], [0, 0]
+    found: list[dict[int, Generation]] = [{}, {}]
+
+    def counts(place: int) -> OnTokens:
+        def on_tokens(_index: int, emitted: list[int], _origins: list[int]) -> None:
+            tokens[place] += len(emitted)
+
+        return on_tokens
+
+    runs = [engine.stepwise(prompts, new, counts(place), sampling) for place, engine in enumerate(engines)]
+    at_work = shuffled.sample((0, 1), 2)
+    while at_work:
+        place = min(at_work, key=lambda place: tokens[place])
         start = time.perf_counter()
-        results = dict(engines[place].generate(prompts, new, sampling=sampling))
-        seconds[place] = time.perf_counter() - start
-        found[place] = [results[index] for index in range(len(prompts))]
-    return seconds, found
+        finished = next(runs[place], None)
+        seconds[place] += time.perf_counter() - start
+        if finished is None:
+            at_work.remove(place)
+        else:
+            found[place].update(finished)
+    return seconds, [[results[index] for index in range(len(prompts))] for results in found]
 
 
 def _pair(
@@ -254,8 +272,8 @@ def conditions(found: dict[str, Any]) -> str:
     ways = sorted({"compiled" if row["compiled"] else "eager" for row in found["rows"]})
     return (
         f"{here['processor']}, {here['threads']} threads, {found['dtype']}, {found['new_tokens']} new tokens a text, "
-        f"{found['repeats']} repeats, interleaved; {' and '.join(ways)}. Ratios are medians of pairs. As plain: texts "
-        f"that are plain decoding's, token for token; with {found['method']} sampling. {DEFINITIONS}"
+        f"{found['repeats']} repeats, step by step in turns; {' and '.join(ways)}. Ratios are medians of pairs. As "
+        f"plain: texts that are plain decoding's, token for token; with {found['method']} sampling. {DEFINITIONS}"
     )
 
 
