@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import nextn
 from conftest import KINDS, VOCAB, Restless, fit, greedy_reference, made_up_text
+from nextn.decoding.building import example
 from nextn.decoding.drafting import Drafts, HeadDrafter
 from nextn.decoding.engine import Engine, PromptError
 from nextn.decoding.pace import Profile
@@ -155,11 +156,32 @@ def test_a_generation_that_is_left_behind_says_so(model, plain):
     first = engine.generate(PROMPTS, NEW)
     next(first)
     works_still(engine, plain)
-    with pytest.raises(DecodingError, match="another generate"):
+    with pytest.raises(DecodingError, match="began something else"):
         list(first)
+    third = engine.generate(PROMPTS, NEW)
+    next(third)
+    example(engine, 3)  # as compiling does
+    with pytest.raises(DecodingError, match="began something else"):
+        list(third)
+    for index, result in engine.generate(PROMPTS[:1], NEW):  # nothing is left of it: nothing is lost
+        works_still(engine, plain)
+        assert (index, result.tokens) == (0, plain[0])
     second = engine.generate(PROMPTS, NEW)
     next(second)
     second.close()
+    works_still(engine, plain)
+
+
+def test_what_an_engine_calls_cannot_begin_another_generate_of_it(model, plain):
+    engine = model.engine(rows=2, stop_tokens=[])
+
+    def begins_another(index: int, _tokens: list[int], _origins: list[int]) -> None:
+        if index == 3:
+            list(engine.generate(PROMPTS, NEW))
+
+    found = dict(engine.generate(PROMPTS, NEW, begins_another))
+    check(found, plain, but={3})
+    assert found[3].finish == "error" and "take another engine" in str(found[3].error)
     works_still(engine, plain)
 
 
@@ -199,8 +221,15 @@ def test_out_of_memory_in_the_heads_costs_drafts_only(model, plain, monkeypatch)
         return propose(self, hidden, *rest)
 
     monkeypatch.setattr(HeadDrafter, "propose", fails_at_first)
-    check(dict(model.engine(rows=3, stop_tokens=[]).generate(PROMPTS, NEW)), plain)
-    assert len(calls) > 6
+    monkeypatch.setattr(nextn.decoding.engine, "FIRST_LOOK", 2)
+    engine = model.engine(rows=3, stop_tokens=[])
+    check(dict(engine.generate(PROMPTS, NEW)), plain)
+    assert len(calls) > 6 and engine.steps[0] == 3  # the failed one and two more
+    monkeypatch.setattr(nextn.decoding.engine, "FIRST_LOOK", 1000)
+    calls.clear()
+    works_still(engine, plain)
+    assert len(calls) == 2 and not engine.steps[3]  # in smaller parts, too, and then no more
+    monkeypatch.setattr(HeadDrafter, "propose", propose)
     logits, failed = Trunk.logits, []
 
     def fails_once(self, hidden):
@@ -211,6 +240,30 @@ def test_out_of_memory_in_the_heads_costs_drafts_only(model, plain, monkeypatch)
 
     monkeypatch.setattr(Trunk, "logits", fails_once)
     check(dict(model.engine(rows=3, stop_tokens=[]).generate(PROMPTS, NEW)), plain)
+
+
+@pytest.mark.parametrize("way", [{}, {"tree": Tree(nodes=5)}])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, method="rejection")])
+def test_out_of_memory_in_verifying_drafts_costs_drafts_only(model, plain, monkeypatch, way, sampling):
+    if way and sampling.rejects:
+        pytest.skip("there is no rejection with trees")
+    run = Trunk.run
+
+    def without_memory_for_drafts(self, input_ids, *args, **kwargs):
+        if input_ids.shape[1] in (4, 5):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self, input_ids, *args, **kwargs)
+
+    prompts = [prompt if len(prompt) > 5 else prompt * 6 for prompt in PROMPTS]
+    expected = dict(model.engine(heads=1, stop_tokens=[]).generate(prompts, NEW))
+    engine = model.engine(rows=6, stop_tokens=[], **way)
+    monkeypatch.setattr(Trunk, "run", without_memory_for_drafts)
+    found = dict(engine.generate(prompts, NEW, sampling=sampling))
+    assert engine.steps.keys() == {0} and all(each.finish == "length" for each in found.values())
+    if not sampling.rejects:
+        assert all(found[index].tokens == expected[index].tokens for index in found)
+    monkeypatch.undo()
+    works_still(engine, plain)
 
 
 def test_a_draft_that_breaks_the_trunk_is_taken_back(trained_host, plain):

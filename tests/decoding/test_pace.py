@@ -100,6 +100,31 @@ def test_one_slow_step_decides_nothing():
     assert pace.choose([(text, 100)]) == 3
 
 
+@pytest.mark.parametrize("slow", range(3))
+def test_one_slow_step_at_the_beginning_decides_nothing(slow):
+    for kind, profile in (("greedy", Profile({0: 1.0, 3: 1.6})), ("scores", Profile({0: 1.0, 3: 1.6}))):
+        good, bad = Pace(3, profile), Pace(3, profile)
+        for pace, stood in ((good, 2), (bad, 0)):
+            text, chosen = Tally.empty(3), []
+            for step in range(60):
+                choice = pace.choose([(text, 100)], kind=kind)
+                seconds = (3.0 if step == slow else 1.0) * profile.step[choice]
+                pace.note(choice, [(text, min(stood, choice))], seconds, kind=kind)
+                chosen.append(choice)
+            assert set(chosen[10:]) == ({3} if stood else {0})
+
+
+def test_one_slow_catching_up_decides_nothing_and_many_do_until_the_next_look():
+    pace, text = Pace(3, Profile({0: 1.0, 3: 1.6})), Tally.empty(3)
+    told(pace, [3], 20)
+    pace.note(3, [(text, 3)], 1000.0, behind=True)
+    assert pace.choose([(text, 100)], behind=True) == 3
+    for _ in range(4):
+        pace.note(3, [(text, 3)], 1000.0, behind=True)
+    chosen = [pace.choose([(text, 100)], behind=True) for _ in range(65)]
+    assert chosen.index(3) == 63
+
+
 def test_a_slower_machine_is_slower_for_all_steps():
     pace, text = Pace(3, Profile({0: 1.0, 3: 1.6})), Tally.empty(3)
     for _ in range(40):
@@ -117,7 +142,8 @@ def test_drafting_that_must_first_catch_up_has_to_bring_that_too():
     pace, text = Pace(3, Profile({0: 1.0, 3: 1.6})), Tally.empty(3)
     for _ in range(30):
         pace.note(3, [(text, 1)], 1.6)
-    pace.note(3, [(text, 1)], 21.6, behind=True)
+    for _ in range(4):
+        pace.note(3, [(text, 1)], 21.6, behind=True)
     assert pace.choose([(text, 100)]) == 3 == pace.choose([(text, 200)], behind=True)
     assert pace.choose([(text, 50)], behind=True) == 0
 

@@ -1,6 +1,6 @@
 """Texts side by side: reading their prompts, drafting for all of them, and one trunk forward for what stands.
 
-Each row accepts its own number of drafts. Nothing here knows of waiting prompts or of how far to draft; see `engine`.
+Each row accepts its own number of drafts. Nothing here knows of how far to draft; see `engine`.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Batch:
         fresh: the last step, where the drafter has not seen its states yet.
         verify, score: the step, `Verify` and `Score` or what they were compiled to.
         padding: places of a plain step that hold no token; some machines are faster so.
+        turn: another object whenever a batch began.
         seconds: time spent in `prefill`, `verify` (the trunk's forward and what stands of the drafts) and `draft`.
     """
 
@@ -94,6 +95,7 @@ class Batch:
         room = max((len(row.result.prompt) + row.limit for row in rows), default=0)
         # A tree lies behind the text, whatever its nodes' places in it.
         room += 0 if self.tree is None else max(self.tree.nodes, self.tree.beam * self.n)
+        self.turn = object()
         self.seconds = defaultdict(float)
         self.fresh: Step | None = None
         self.all_rows = torch.arange(count, device=device)
@@ -224,7 +226,14 @@ class Batch:
         elif self.drafter:
             self.set_aside()
         with self.clock("verify"):
-            return self.verify_tree(drafts) if drafts.shape is not None else self.verify_chain(drafts, greedy)
+            if not drafts.tokens.shape[1]:
+                return self.verify_chain(drafts, greedy)
+            chain = drafts.shape is None
+            verify = partial(self.verify_chain, drafts, greedy) if chain else partial(self.verify_tree, drafts)
+            if (step := _fits(verify)) is not None:
+                return step
+            logger.warning("There is not enough memory to verify drafts: no drafts for now.")
+            return self.verify_chain(self._no_drafts(), greedy)
 
     def _no_drafts(self) -> Drafts:
         return Drafts(self.pending.new_empty(len(self.slots), 0))

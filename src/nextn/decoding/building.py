@@ -16,7 +16,7 @@ from nextn.config import cache_directory
 from nextn.decoding.compiled import Progress, compiled, key, machine_name, recall, remember
 from nextn.decoding.drafting import Asked, Codes, Draft, Drafts, HeadDrafter, NoisyDraft
 from nextn.decoding.pace import TREE, Profile
-from nextn.decoding.rows import Generation, Row
+from nextn.decoding.rows import DecodingError, Generation, Row
 from nextn.decoding.tree import Chances
 from nextn.decoding.verify import Score, Verify, judged
 
@@ -32,7 +32,7 @@ class Code:
 
     depths: for how many drafts a row there is code.
     verify, score: what `Verify` and `Score` compute, by the width of `drafts`, padding included.
-    padding: see `Engine`.
+    padding: see `Batch`.
     drafts, noisy_drafts: what `Draft` and `NoisyDraft` compute, by how many drafts they make; noisy ones for chance.
     """
 
@@ -145,7 +145,9 @@ def measure(engine: Engine, rows: int) -> Profile:
             if row is not None:
                 row.unread = []
         start = time.perf_counter()
-        engine.step(wanted, greedy=True).run.tolist()
+        width = len(engine.step(wanted, greedy=True).run.tolist()[0])
+        if wanted is not None and width == 1:
+            raise DecodingError("there is not enough memory for drafts")
         return time.perf_counter() - start
 
     choices = {drafts: Asked(levels=drafts) if drafts else None for drafts in widths}
@@ -164,7 +166,7 @@ def measure(engine: Engine, rows: int) -> Profile:
 def _profile_name(engine: Engine, rows: int) -> str:
     heads = engine.drafter.heads if isinstance(engine.drafter, HeadDrafter) else None
     of_heads = heads and (
-        [tuple(part.shape) for part in heads.state_dict().values()],
+        [(tuple(part.shape), part.dtype) for part in heads.state_dict().values()],
         [(type(part).__name__, {name: value for name, value in vars(part).items() if isinstance(value, int | str)})
          for part in heads.modules()],
     )  # fmt: skip

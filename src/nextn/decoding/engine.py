@@ -24,7 +24,7 @@ from nextn.decoding.batch import Batch
 from nextn.decoding.building import Code, build, measure
 from nextn.decoding.compiled import CompileError, Progress, on_stderr
 from nextn.decoding.drafting import Asked, Drafter, HeadDrafter
-from nextn.decoding.pace import TREE, Pace, Profile, Tally
+from nextn.decoding.pace import FIRST_LOOK, TREE, Pace, Profile, Tally
 from nextn.decoding.rows import DecodingError, Generation, OnTokens, Row, Run, Stop
 from nextn.decoding.sampling import GREEDY, Sampling
 from nextn.decoding.tree import Tree
@@ -89,7 +89,8 @@ class Engine(Batch):
         self.steps: Counter[int] = Counter()
         self._eager = self.verify, self.score
         self._cancelled: set[int] = set()
-        self._turn: object = None
+        self._in_step = False
+        self._plain_ahead = 0  # so many steps from here on read no drafts
 
     # --- machine code -----------------------------------------------------------------------------------------
 
@@ -168,12 +169,15 @@ class Engine(Batch):
         stop: Stop | None = None,
         keep_scores: bool = False,
     ) -> Iterator[list[tuple[int, Generation]]]:
-        """As `generate`, for who has other things to do between steps: comes back after each with what it finished."""
+        """As `generate`, for who has other things to do between steps: yields after each what finished, often nothing.
+
+        Reading prompts is a step, too. `seconds` then leave out what the caller did meanwhile.
+        """
         rows = self._rows(prompts, max_new_tokens, sampling)
         self._cancelled = set()
         for row in rows:
             row.on_tokens, row.stop = on_tokens, stop
-        return self._going_on(rows, keep_scores)
+        return self._run(rows, keep_scores)
 
     def cancel(self, index: int) -> None:
         """End the text of a prompt of the running `generate`, before its next step; it finishes as `cancelled`."""
@@ -225,34 +229,46 @@ class Engine(Batch):
             )
 
     @torch.inference_mode()
-    def _going_on(self, rows: list[Row], keep_scores: bool) -> Iterator[list[tuple[int, Generation]]]:
+    def _run(self, rows: list[Row], keep_scores: bool) -> Iterator[list[tuple[int, Generation]]]:
+        if self._in_step:
+            raise DecodingError(
+                "A function that this engine called began another generate; take another engine for it."
+            )
         # What is compiled has a fixed number of rows; otherwise a free row would cost for nothing.
         count = self.rows if self.code or self.keep else max(1, min(self.rows, len(rows)))
         self.pace = self.paces.setdefault(count, self._new_pace())
         if self.depth == "auto" and self.drafter and self.pace.profile is None and rows:
             self._measure(count)
-        turn = self._turn = object()
         waiting = deque(row for row in rows if row.limit)
         self.begin(rows, count, goes_on=self.keep)
-        self.steps, self._alone = Counter(), False
+        turn = self.turn
+        self.steps, self._plain_ahead = Counter(), 0
         self.keep_scores = keep_scores
         finished = [row for row in rows if not row.limit]
         for row in finished:
             row.result.finish = "length"
-        while finished or waiting or any(self.slots):
+        if finished:
             yield [(row.index, row.result) for row in finished]
-            if self._turn is not turn:
-                raise DecodingError("This engine began another generate; what was left of this one is lost.")
+        left = len(rows) - len(finished)
+        while left:
+            if self.turn is not turn:
+                raise DecodingError("This engine began something else; what was left of this generate is lost.")
             if not self._cancelled:  # by whoever was told of these
                 self._admit_or_step(waiting)
             finished = [*self._drop_cancelled(waiting), *self._leaving()]
+            left -= len(finished)
+            yield [(row.index, row.result) for row in finished]
 
     def _admit_or_step(self, waiting: deque[Row]) -> None:
-        if waiting and not all(self.slots):
-            with self.clock("prefill"):
-                self.admit(waiting)
-        elif any(self.slots):
-            self._step(bool(waiting))
+        self._in_step = True
+        try:
+            if waiting and not all(self.slots):
+                with self.clock("prefill"):
+                    self.admit(waiting)
+            elif any(self.slots):
+                self._step(bool(waiting))
+        finally:
+            self._in_step = False
 
     def _new_pace(self) -> Pace:
         return Pace(self.n - 1, tree=None if self.tree is None else 1.0 + (self.tree.depth or self.n - 1) / 2)
@@ -296,18 +312,20 @@ class Engine(Batch):
         choice = self._drafts_to_read(kind, waiting, behind)
         begun = time.perf_counter()
         before = self.pending, self.lengths
+        wanted = None
         if choice:  # to take back what drafts broke; machine code may write there again
             before = self.pending.clone(), self.lengths.clone()
-        chain = Asked(levels=choice) if choice else None
-        self.fresh = step = self.step(Asked(tree=self.tree) if choice == TREE else chain, kind == "greedy")
+            wanted = Asked(tree=self.tree) if choice == TREE else Asked(levels=choice)
+        self.fresh = step = self.step(wanted, kind == "greedy")
         with self.clock("verify"):
             runs, counts = step.run.tolist(), step.accepted.tolist()
-        if step.run.shape[1] == 1:  # there was no memory for drafts
-            choice = 0
+        seconds: float | None = time.perf_counter() - begun
+        self._plain_ahead = max(0, self._plain_ahead - 1)
+        if choice and step.run.shape[1] == 1:  # there was no memory for drafts
+            choice, seconds, self._plain_ahead = 0, None, FIRST_LOOK
         self.steps[choice] += 1
         stood = [(row.tally, count) for count, row in zip(counts, self.slots, strict=True) if row is not None]
-        self.pace.note(choice, stood, time.perf_counter() - begun, behind, kind)
-        self._alone = False
+        self.pace.note(choice, stood, seconds, behind, kind)
         drafted = (self.tree.depth or self.n - 1) if choice == TREE and self.tree else choice
         for slot, (run, count) in enumerate(zip(runs, counts, strict=True)):
             row = self.slots[slot]
@@ -329,10 +347,12 @@ class Engine(Batch):
         self.pending[slot], self.lengths[slot] = before[0][slot], before[1][slot]
         self.fresh.positions[slot], self.fresh.rows[slot] = -1, None
         self.cache.clear(slot, int(before[1][slot]))
-        self._alone = True
+        self._plain_ahead = max(1, self._plain_ahead)
 
     def _drafts_to_read(self, kind: str, waiting: bool, behind: bool) -> int:
-        if self.drafter is None or self._alone or any(row is not None and row.sampling.stateful for row in self.slots):
+        if self.drafter is None or self._plain_ahead:
+            return 0
+        if any(row is not None and row.sampling.stateful for row in self.slots):
             return 0
         if self.depth == "auto":
             texts = [(row.tally, row.limit - len(row.result.tokens)) for row in self.slots if row is not None]

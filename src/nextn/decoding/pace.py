@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
+import statistics
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ MEMORY, SHARED_MEMORY = 60, 150  # tries after which one weighs 1/e, for a text 
 # Machines are now faster, now slower: what a step took says as much of all other steps. Of what it says of its own
 # choice alone, the first ones count equally, and then each as one of 20. No step counts more than double.
 RATE, OWN_RATE, OUTLIER = 0.25, 0.05, 2.0
+FIRST_STEPS = 3  # whose median says how long steps of a kind take: any one may be slow, the first most of all
 MARGIN = 1.05  # how much faster drafting must be for a plain step to be left
 RECHECK = 128  # steps with drafts, one after the other, until a plain one is timed again
 FIRST_LOOK, LONGEST_WAIT = 64, 4096  # plain steps until drafts are tried again; after each time twice as many
@@ -111,14 +113,16 @@ class Pace:
     def __post_init__(self) -> None:
         self._plain_steps, self._patience, self._streak = 0, FIRST_LOOK, 0
         # What steps take of late, over what the profile says: all of a kind, and some choice beside the others.
+        self._first: dict[str, list[float]] = {}
         self._slower: dict[str, float] = {}
         self._own_slower: dict[tuple[str, int], float] = {}
         self._timed: Counter[tuple[str, int]] = Counter()  # how many steps were timed
-        self._catching_up: float | None = None  # running mean of what the heads need to see a text, in seconds
         self._start_anew()
 
     def _start_anew(self) -> None:
-        """Forget what drafts brought."""
+        """Forget what drafts brought, and what it took to catch up."""
+        # Seconds that the heads needed of late to see a text; their median counts, and until three are known, nothing.
+        self._catching_up = deque([0.0, 0.0], maxlen=5)
         self._shared = Tally.empty(self.drafts)
         self._tree_tokens, self._tree_steps = 0.0, 0.0
 
@@ -144,7 +148,7 @@ class Pace:
             texts: the tally of each row at work, and how many tokens it may still emit.
             waiting: whether prompts wait for a slot.
             behind: whether the heads have yet to see more than the last step.
-            kind: of step, where some take longer than others; of each kind the first step is plain, to know them.
+            kind: of step, where some take longer than others; of each kind the first steps are plain, to know them.
         """
         if self.profile is not None and kind != "greedy" and kind not in self._slower:
             return 0
@@ -196,12 +200,14 @@ class Pace:
     def _note_seconds(self, choice: int, seconds: float, behind: bool, kind: str) -> None:
         usual = self._seconds_of(kind, choice)
         if choice and behind:
-            before, now = self._catching_up, max(0.0, seconds - usual)
-            self._catching_up = now if before is None else before + RATE * (now - before)
+            self._catching_up.append(max(0.0, seconds - usual))
             return
         self._timed[kind, choice] += 1
         if kind not in self._slower:
-            self._slower[kind] = seconds / usual
+            first = self._first.setdefault(kind, [])
+            first.append(seconds / usual)
+            if len(first) == FIRST_STEPS:
+                self._slower[kind] = statistics.median(first)
             return
         change, own = min(seconds / usual, OUTLIER) - 1, max(OWN_RATE, 1 / self._timed[kind, choice])
         self._own_slower[kind, choice] = self._own_slower.get((kind, choice), 1.0) * (1 + own * change)
@@ -215,12 +221,13 @@ class Pace:
     def _soonest(self, texts: Sequence[tuple[Tally, int]], waiting: bool, behind: bool, kind: str) -> int:
         if self.profile is None:
             return self.drafts if self.tree is None else TREE
+        catching_up = statistics.median(self._catching_up)
         of_tree = ((self.tree or 0) * PRIOR_WEIGHT + self._tree_tokens) / (PRIOR_WEIGHT + self._tree_steps)
 
         def until_the_end(choice: int) -> float:
             """Seconds, summed over the slots that are of use."""
             steps = [left / (of_tree if choice == TREE else self.tokens(tally, choice)) for tally, left in texts]
-            first = (self._catching_up or 0.0) if choice and behind else 0.0
+            first = catching_up if choice and behind else 0.0
             seconds = [first + self._seconds_of(kind, choice) * each for each in steps]
             return sum(seconds) if waiting else max(seconds, default=1.0)
 

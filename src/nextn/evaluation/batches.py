@@ -32,14 +32,14 @@ class Sweep:
 
     batches: rows; temperatures: 0 is greedy.
     method: how drafts are verified where tokens are drawn, see `Sampling`.
-    groups: so many different batches of each category at batch 1; fewer at larger ones, but two.
+    groups: so many batches of each category at batch 1; fewer at larger ones, but four.
     tree: read a tree of drafts where that is faster.
     """
 
     batches: list[int]
     temperatures: list[float] = field(default_factory=lambda: [0.0])
     method: Sampling = field(default_factory=Sampling)
-    groups: int = 4
+    groups: int = 8
     tree: Tree | None = None
 
 
@@ -110,12 +110,14 @@ def sweep(
 
 
 def batches_of(by_category: dict[str, list[Prompt]], batch: int, groups: int) -> list[tuple[str, list[list[int]]]]:
-    """Batches of prompts of one category each; where there are too few they come again."""
+    """Batches of prompts of one category each; where there are too few they come again, mixed otherwise."""
     work = []
     for category, prompts in by_category.items():
-        for group in range(max(2, groups // batch)):
-            chosen = [prompts[(group * batch + place) % len(prompts)].ids for place in range(batch)]
-            work.append((category, chosen))
+        count, mixed, shuffled = max(4, groups // batch), list(prompts), random.Random(0)
+        while len(mixed) < count * batch:
+            mixed += shuffled.sample(prompts, len(prompts))
+        ids = [prompt.ids for prompt in mixed]
+        work += [(category, ids[group * batch :][:batch]) for group in range(count)]
     return work
 
 
@@ -223,18 +225,18 @@ def _ratio(pairs: Sequence[Pair]) -> dict[str, float | None]:
 def pays(engine: Engine, limits: dict[str, float]) -> dict[str, dict[str, float | None]]:
     """By drafts a row: the ms of a step of all rows, and from how many tokens a step on it beats plain steps (τ).
 
-    As measured at first, None where it was not; and the least by the machine's limits, after 128 tokens.
+    As measured at first, None where it was not; and what both are at the machine's limits, after 128 tokens.
     """
     measured = engine.pace.profile.step if engine.pace.profile else {}
-    least = {drafts: 1e3 * least_seconds(step_cost(engine, drafts), limits, engine.rows) for drafts in {0, *measured}}
+    limit = {drafts: 1e3 * least_seconds(step_cost(engine, drafts), limits, engine.rows) for drafts in {0, *measured}}
     return {
         str(drafts): {
             "ms": 1e3 * measured[drafts] if drafts in measured else None,
             "tau": measured[drafts] / measured[0] if drafts in measured else None,
-            "least_ms": ms,
-            "least_tau": ms / least[0],
+            "roofline_ms": ms,
+            "roofline_tau": ms / limit[0],
         }
-        for drafts, ms in sorted(least.items())
+        for drafts, ms in sorted(limit.items())
     }
 
 
