@@ -63,7 +63,7 @@ def test_a_text_counts_its_own_tries_and_leans_on_the_others_for_the_rest():
     assert pace.tokens(text, 1) == pytest.approx(1.5, abs=0.02)
     for _ in range(4):
         text.note(1, 1, 1e9)
-    assert pace.tokens(text, 1) == pytest.approx(1 + (4 + 4 * 0.5) / 8, abs=0.02)
+    assert pace.tokens(text, 1) == pytest.approx(1 + (4 + 8 * 0.5) / 12, abs=0.02)
 
 
 def test_what_counts_is_the_last_text_to_end_unless_others_wait_for_its_slot():

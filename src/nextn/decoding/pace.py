@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PRIOR, PRIOR_WEIGHT = 0.7, 2.0  # what is thought of a draft's acceptance before any was seen, and in how many tries
-SHARED_WEIGHT = 4.0  # how many tries of its own a text needs to count as much as what the others saw
+# How many tries of its own a text needs to count as much as what the others saw. Shares of the first draft differ by
+# some 0.15 between texts, as if each had tried ten times; one miss after catching up must not end the drafting.
+SHARED_WEIGHT = 8.0
 MEMORY, SHARED_MEMORY = 60, 150  # tries after which one weighs 1/e, for a text and for all: texts come in kinds
 # Machines are now faster, now slower: what a step took says as much of all other steps. Of what it says of its own
 # choice alone, the first ones count equally, and then each as one of 20. No step counts more than double.
