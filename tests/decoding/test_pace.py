@@ -6,7 +6,7 @@ import pytest
 
 from conftest import greedy_reference
 from nextn.decoding import building
-from nextn.decoding.pace import RECHECK, TREE, Pace, Profile, Tally
+from nextn.decoding.pace import FIRST_LOOK, RECHECK, TREE, Pace, Profile, Tally
 
 CHEAP = Profile({0: 1.0, 1: 1.15, 2: 1.2, 3: 1.25})
 DEAR = Profile({0: 1.0, 1: 2.1, 2: 3.0, 3: 3.9})
@@ -121,8 +121,8 @@ def test_one_slow_catching_up_decides_nothing_and_many_do_until_the_next_look():
     assert pace.choose([(text, 100)], behind=True) == 3
     for _ in range(4):
         pace.note(3, [(text, 3)], 1000.0, behind=True)
-    chosen = [pace.choose([(text, 100)], behind=True) for _ in range(65)]
-    assert chosen.index(3) == 63
+    chosen = [pace.choose([(text, 100)], behind=True) for _ in range(FIRST_LOOK)]
+    assert chosen.index(3) == FIRST_LOOK - 1
 
 
 def test_a_slower_machine_is_slower_for_all_steps():
@@ -146,6 +146,16 @@ def test_drafting_that_must_first_catch_up_has_to_bring_that_too():
         pace.note(3, [(text, 1)], 21.6, behind=True)
     assert pace.choose([(text, 100)]) == 3 == pace.choose([(text, 200)], behind=True)
     assert pace.choose([(text, 50)], behind=True) == 0
+
+
+def test_after_catching_up_a_few_misses_do_not_end_the_drafting():
+    pace, text = Pace(3, CHEAP), Tally.empty(3)
+    pace.note(0, [(text, 0)], 1.0)
+    chosen = []
+    for _ in range(20):
+        chosen.append(pace.choose([(text, 100)], behind=not chosen or not chosen[-1]))
+        pace.note(chosen[-1], [(text, 0)])
+    assert all(chosen[:9]) and not any(chosen[15:])
 
 
 def test_a_tree_is_read_where_it_gives_more_for_its_time():

@@ -11,6 +11,7 @@ import transformers as tf
 from scipy import stats
 
 from conftest import KINDS, VOCAB, Restless, made_up_text
+from nextn.decoding import choosing
 from nextn.decoding.engine import Engine
 from nextn.decoding.pace import Profile
 from nextn.decoding.sampling import Sampling, SamplingError, gumbel, keys, uniform
@@ -139,6 +140,18 @@ PAIRS = [
     for name in SAMPLINGS
     for way in WAYS
 ]
+
+
+def test_noise_is_the_same_for_few_and_for_all_tokens(monkeypatch):
+    scores = torch.randn(3, 4, 500, generator=torch.Generator().manual_seed(0)) * 6
+    scores[0, 1, ::2], scores[2, 2, 3] = -torch.inf, torch.nan
+    key, drawing = keys(torch.arange(3), torch.arange(4).expand(3, 4)), [True, False, True]
+    found = []
+    for few in (0.0, 1.1):
+        monkeypatch.setattr(choosing, "FEW", few)
+        found.append(choosing.chosen(choosing._with_noise(scores, key, drawing)))
+    assert torch.equal(*found) and found[0][2, 2] == -1
+    assert torch.equal(found[0][1], scores[1].argmax(-1)) and not torch.equal(found[0][0], scores[0].argmax(-1))
 
 
 @pytest.mark.parametrize(("name", "way"), PAIRS)

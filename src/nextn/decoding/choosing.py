@@ -14,6 +14,7 @@ from nextn.decoding.sampling import DRAFT, RESIDUAL, STANDS, Sampling, gumbel, k
 from nextn.decoding.tree import Chances
 from nextn.decoding.verify import accept_by_rejection, chosen
 
+FEW = 0.3  # of all tokens; a CPU picks so few out faster than it gives noise to all
 ROUND = 256  # more than any number of drafts: (position, draft) as one number
 
 Between = Sequence[Sequence[Sequence[int]]]
@@ -33,12 +34,24 @@ def choose(rows: Sequence[Row | None], logits: Tensor, at: Tensor, branches: Bet
     ]
     if not any(drawing):
         return chosen(scores), scores
+    return chosen(_with_noise(scores, keys(_seeds(rows, at.device), at), drawing)), scores
+
+
+def _with_noise(scores: Tensor, key: Tensor, drawing: Sequence[bool]) -> Tensor:
+    """Scores [B, W, V] and the noise of keys [B, W], as far as it matters, for rows that draw their tokens."""
     # Noise lies between -2.9 and 22.2: nothing that is further behind the best token can win.
     likely = scores > scores.amax(dim=-1, keepdim=True) - 25.2
-    likely &= torch.tensor(drawing, device=at.device)[:, None, None]
-    row, place, token = likely.nonzero(as_tuple=True)
-    noise = gumbel(keys(_seeds(rows, at.device), at)[row, place], token[:, None])[:, 0]
-    return chosen(scores.index_put((row, place, token), noise, accumulate=True)), scores
+    likely &= torch.tensor(drawing, device=key.device)[:, None, None]
+    if scores.is_cuda or int(likely.count_nonzero()) < FEW * likely.numel():
+        row, place, token = likely.nonzero(as_tuple=True)
+        noise = gumbel(key[row, place], token[:, None])[:, 0]
+        return scores.index_put((row, place, token), noise, accumulate=True)
+    # One vocabulary after the other stays in a CPU's cache, and needs no fresh memory for each operation.
+    noisy, tokens = scores.clone(), torch.arange(scores.shape[-1], device=scores.device)
+    for row in (row for row, draws in enumerate(drawing) if draws):
+        for place in range(scores.shape[1]):
+            noisy[row, place] += gumbel(key[row, place], tokens)
+    return noisy
 
 
 def scores_of(rows: Sequence[Row | None], logits: Tensor, branches: Between) -> Tensor:

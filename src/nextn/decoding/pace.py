@@ -30,8 +30,9 @@ RATE, OWN_RATE, OUTLIER = 0.25, 0.05, 2.0
 FIRST_STEPS = 3  # whose median says how long steps of a kind take: any one may be slow, the first most of all
 MARGIN = 1.05  # how much faster drafting must be for a plain step to be left
 RECHECK = 128  # steps with drafts, one after the other, until a plain one is timed again
-FIRST_LOOK, LONGEST_WAIT = 64, 4096  # plain steps until drafts are tried again; after each time twice as many
-STEADY = 16  # steps with drafts after which they are no mere try any more
+FIRST_LOOK, LONGEST_WAIT = 128, 4096  # plain steps until drafts are tried again; after each time twice as many
+COMMITTED = 8  # steps with drafts once the heads have caught up: that is paid for, and a few misses say little
+STEADY = 48  # steps with drafts after which they are no mere try any more
 
 
 @dataclass
@@ -113,7 +114,7 @@ class Pace:
     tree: float | None = None
 
     def __post_init__(self) -> None:
-        self._plain_steps, self._patience, self._streak = 0, FIRST_LOOK, 0
+        self._plain_steps, self._patience, self._streak, self._committed = 0, FIRST_LOOK, 0, 0
         # What steps take of late, over what the profile says: all of a kind, and some choice beside the others.
         self._first: dict[str, list[float]] = {}
         self._slower: dict[str, float] = {}
@@ -154,22 +155,29 @@ class Pace:
         """
         if self.profile is not None and kind != "greedy" and kind not in self._slower:
             return 0
-        if choice := self._soonest(texts, waiting, behind, kind):
-            self._plain_steps, self._streak = 0, self._streak + 1
-            if self._streak == STEADY:
-                self._patience = FIRST_LOOK
-            return 0 if self.profile and self._streak % RECHECK == 0 else choice
-        self._plain_steps, self._streak = self._plain_steps + 1, 0
-        if self._plain_steps < self._patience:
+        choice = self._soonest(texts, waiting, behind, kind)
+        if not choice:
+            self._plain_steps, self._streak = self._plain_steps + 1, 0
+            if self._plain_steps < self._patience:
+                return 0
+            self._look_again(texts)
+            choice = self._soonest(texts, waiting, behind, kind)
+        self._committed = COMMITTED if choice and behind else max(0, self._committed - 1)
+        if not choice:
             return 0
-        # What drafts brought was long ago: start from what is thought of any drafts, and see.
+        self._plain_steps, self._streak = 0, self._streak + 1
+        if self._streak == STEADY:
+            self._patience = FIRST_LOOK
+        return 0 if self.profile and self._streak % RECHECK == 0 else choice
+
+    def _look_again(self, texts: Sequence[tuple[Tally, int]]) -> None:
+        """What drafts brought and took was long ago: start from what is thought of any drafts, and see."""
         self._plain_steps, self._patience = 0, min(2 * self._patience, LONGEST_WAIT)
         self._start_anew()
         for tally, _ in texts:
             tally.forget()
         self._own_slower.clear()
         self._timed.clear()
-        return self._soonest(texts, waiting, behind, kind)
 
     def note(
         self,
@@ -235,5 +243,7 @@ class Pace:
 
         choices = [*self.profile.step, *([TREE] if self.profile.tree is not None and self.tree is not None else [])]
         seconds = {choice: until_the_end(choice) for choice in choices}
+        if self._committed and not behind and len(choices) > 1:
+            del seconds[0]
         best = min(seconds, key=lambda choice: seconds[choice])
         return best if MARGIN * seconds[best] < seconds.get(0, math.inf) else 0
