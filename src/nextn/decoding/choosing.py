@@ -48,9 +48,10 @@ def _with_noise(scores: Tensor, key: Tensor, drawing: Sequence[bool]) -> Tensor:
         return scores.index_put((row, place, token), noise, accumulate=True)
     # One vocabulary after the other stays in a CPU's cache, and needs no fresh memory for each operation.
     noisy, tokens = scores.clone(), torch.arange(scores.shape[-1], device=scores.device)
-    for row in (row for row, draws in enumerate(drawing) if draws):
-        for place in range(scores.shape[1]):
-            noisy[row, place] += gumbel(key[row, place], tokens)
+    for of_row, keys_of_row, draws in zip(noisy, key, drawing, strict=True):
+        for scores_there, key_there in zip(of_row, keys_of_row, strict=True):
+            if draws:
+                scores_there += gumbel(key_there, tokens)
     return noisy
 
 
