@@ -86,6 +86,16 @@ def test_a_text_is_left_to_plain_steps_while_another_is_drafted():
     assert told(pace, [3], 5) == [3] * 5
 
 
+def test_after_a_text_that_was_left_the_next_one_is_not_drafted_on_what_others_brought():
+    pace = Pace(3, Profile({0: 1.0, 3: 1.5}))
+    told(pace, [3], 60)
+    assert pace.choose([(Tally.empty(3), 100)], behind=True) == 3
+    assert told(pace, [0], 40)[-1] == 0
+    assert pace.acceptance[0] < 0.4
+    assert pace.choose([(Tally.empty(3), 100)], behind=True) == 0
+    assert pace.least_acceptance[0] < pace.acceptance[0]
+
+
 def test_deeper_drafts_are_tried_again():
     pace = Pace(3, Profile({0: 1.0, 1: 1.25, 2: 1.55, 3: 1.85}))
     assert told(pace, [1, 1], 100)[-1] == 1

@@ -24,6 +24,7 @@ PRIOR, PRIOR_WEIGHT = 0.7, 2.0  # what is thought of a draft's acceptance before
 # some 0.15 between texts, as if each had tried ten times; one miss after catching up must not end the drafting.
 SHARED_WEIGHT = 8.0
 MEMORY, SHARED_MEMORY = 60, 150  # tries after which one weighs 1/e, for a text and for all: texts come in kinds
+LEFT = 0.25  # how much of what others saw counts once a text was left to plain steps
 # Machines are now faster, now slower: what a step took says as much of all other steps. Of what it says of its own
 # choice alone, the first ones count equally, and then each as one of 20. No step counts more than double.
 RATE, OWN_RATE, OUTLIER = 0.25, 0.05, 2.0
@@ -92,6 +93,11 @@ class Tally:
         self.tries[after:] = [keep * tries for tries in self.tries[after:]]
         self.hits[after:] = [keep * hits for hits in self.hits[after:]]
 
+    def add(self, other: Tally, weight: float) -> None:
+        """What another one saw, too."""
+        self.tries = [own + weight * tries for own, tries in zip(self.tries, other.tries, strict=True)]
+        self.hits = [own + weight * hits for own, hits in zip(self.hits, other.hits, strict=True)]
+
     def note(self, drafted: int, accepted: int, memory: float) -> None:
         """A step with so many drafts; after `memory` more tries one weighs 1/e."""
         for draft in range(min(drafted, accepted + 1)):
@@ -134,10 +140,16 @@ class Pace:
         """Of late, over all texts; conditional, by draft."""
         return self._shared.acceptance([PRIOR] * self.drafts, PRIOR_WEIGHT)
 
-    def tokens(self, tally: Tally, drafts: int) -> float:
+    @property
+    def least_acceptance(self) -> list[float]:
+        """What the acceptance is at least, but for one standard error."""
+        known = [tries + PRIOR_WEIGHT for tries in self._shared.tries]
+        return [share - math.sqrt(share * (1 - share) / n) for share, n in zip(self.acceptance, known, strict=True)]
+
+    def tokens(self, tally: Tally, drafts: int, others: Sequence[float] | None = None) -> float:
         """E(d) of a text: its own acceptance as far as it is known, that of all before and beside it otherwise."""
         expected, standing = 1.0, 1.0
-        for share in tally.acceptance(self.acceptance, SHARED_WEIGHT)[:drafts]:
+        for share in tally.acceptance(others or self.acceptance, SHARED_WEIGHT)[:drafts]:
             standing *= share
             expected += standing
         return expected
@@ -155,13 +167,17 @@ class Pace:
         """
         if self.profile is not None and kind != "greedy" and kind not in self._slower:
             return 0
-        choice = self._soonest(texts, waiting, behind, kind)
+        # To catch up for too little is dear: others must surely have had good drafts for a plain text to be drafted.
+        others = self.least_acceptance if behind and self._plain_steps else self.acceptance
+        choice = self._soonest(texts, waiting, behind, kind, others)
         if not choice:
+            if self._streak and not behind:
+                self._leave(texts)
             self._plain_steps, self._streak = self._plain_steps + 1, 0
             if self._plain_steps < self._patience:
                 return 0
             self._look_again(texts)
-            choice = self._soonest(texts, waiting, behind, kind)
+            choice = self._soonest(texts, waiting, behind, kind, self.acceptance)
         self._committed = COMMITTED if choice and behind else max(0, self._committed - 1)
         if not choice:
             return 0
@@ -169,6 +185,12 @@ class Pace:
         if self._streak == STEADY:
             self._patience = FIRST_LOOK
         return 0 if self.profile and self._streak % RECHECK == 0 else choice
+
+    def _leave(self, texts: Sequence[tuple[Tally, int]]) -> None:
+        """Texts that are left to plain steps show that there are other texts now: they count more than those before."""
+        self._shared.forget(keep=LEFT)
+        for tally, _ in texts:
+            self._shared.add(tally, 1 - LEFT)
 
     def _look_again(self, texts: Sequence[tuple[Tally, int]]) -> None:
         """What drafts brought and took was long ago: start from what is thought of any drafts, and see."""
@@ -228,7 +250,9 @@ class Pace:
         measured = (self.profile.tree or math.inf) if choice == TREE else self.profile.step[choice]
         return measured * self._slower.get(kind, 1.0) * self._own_slower.get((kind, choice), 1.0)
 
-    def _soonest(self, texts: Sequence[tuple[Tally, int]], waiting: bool, behind: bool, kind: str) -> int:
+    def _soonest(
+        self, texts: Sequence[tuple[Tally, int]], waiting: bool, behind: bool, kind: str, others: Sequence[float]
+    ) -> int:
         if self.profile is None:
             return self.drafts if self.tree is None else TREE
         catching_up = statistics.median(self._catching_up)
@@ -236,7 +260,9 @@ class Pace:
 
         def until_the_end(choice: int) -> float:
             """Seconds, summed over the slots that are of use."""
-            steps = [left / (of_tree if choice == TREE else self.tokens(tally, choice)) for tally, left in texts]
+            steps = [
+                left / (of_tree if choice == TREE else self.tokens(tally, choice, others)) for tally, left in texts
+            ]
             first = catching_up if choice and behind else 0.0
             seconds = [first + self._seconds_of(kind, choice) * each for each in steps]
             return sum(seconds) if waiting else max(seconds, default=1.0)
