@@ -28,9 +28,9 @@ LEFT = 0.25  # how much of what others saw counts once a text was left to plain 
 # Machines are now faster, now slower: what a step took says as much of all other steps. Of what it says of its own
 # choice alone, the first ones count equally, and then each as one of 20. No step counts more than double.
 RATE, OWN_RATE, OUTLIER = 0.25, 0.05, 2.0
-FIRST_STEPS = 3  # whose median says how long steps of a kind take: any one may be slow, the first most of all
+FIRST_STEPS = 8  # whose median says how long steps of a kind take: the machine may be slow for some, as may the first
 MARGIN = 1.05  # how much faster drafting must be for a plain step to be left
-RECHECK = 128  # steps with drafts, one after the other, until a plain one is timed again
+RECHECK = 64  # steps with drafts, one after the other, until a plain one is timed again
 FIRST_LOOK, LONGEST_WAIT = 128, 4096  # plain steps until drafts are tried again; after each time twice as many
 COMMITTED = 8  # steps with drafts once the heads have caught up: that is paid for, and a few misses say little
 STEADY = 48  # steps with drafts after which they are no mere try any more
