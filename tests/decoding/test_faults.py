@@ -242,11 +242,11 @@ def test_out_of_memory_in_the_heads_costs_drafts_only(model, plain, monkeypatch)
     check(dict(model.engine(rows=3, stop_tokens=[]).generate(PROMPTS, NEW)), plain)
 
 
-@pytest.mark.parametrize("way", [{}, {"tree": Tree(nodes=5)}])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, method="rejection")])
-def test_out_of_memory_in_verifying_drafts_costs_drafts_only(model, plain, monkeypatch, way, sampling):
-    if way and sampling.rejects:
-        pytest.skip("there is no rejection with trees")
+@pytest.mark.parametrize(
+    ("tree", "sampling"),
+    [(None, Sampling()), (None, Sampling(1.0, method="rejection")), (Tree(nodes=5), Sampling())],
+)
+def test_out_of_memory_in_verifying_drafts_costs_drafts_only(model, plain, monkeypatch, tree, sampling):
     run = Trunk.run
 
     def without_memory_for_drafts(self, input_ids, *args, **kwargs):
@@ -256,7 +256,7 @@ def test_out_of_memory_in_verifying_drafts_costs_drafts_only(model, plain, monke
 
     prompts = [prompt if len(prompt) > 5 else prompt * 6 for prompt in PROMPTS]
     expected = dict(model.engine(heads=1, stop_tokens=[]).generate(prompts, NEW))
-    engine = model.engine(rows=6, stop_tokens=[], **way)
+    engine = model.engine(rows=6, stop_tokens=[], tree=tree)
     monkeypatch.setattr(Trunk, "run", without_memory_for_drafts)
     found = dict(engine.generate(prompts, NEW, sampling=sampling))
     assert engine.steps.keys() == {0} and all(each.finish == "length" for each in found.values())

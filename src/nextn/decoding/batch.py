@@ -226,13 +226,12 @@ class Batch:
         elif self.drafter:
             self.set_aside()
         with self.clock("verify"):
-            if not drafts.tokens.shape[1]:
-                return self.verify_chain(drafts, greedy)
-            chain = drafts.shape is None
-            verify = partial(self.verify_chain, drafts, greedy) if chain else partial(self.verify_tree, drafts)
-            if (step := _fits(verify)) is not None:
-                return step
-            logger.warning("There is not enough memory to verify drafts: no drafts for now.")
+            if drafts.tokens.shape[1]:
+                chain = drafts.shape is None
+                verify = partial(self.verify_chain, drafts, greedy) if chain else partial(self.verify_tree, drafts)
+                if (step := _fits(verify)) is not None:
+                    return step
+                logger.warning("There is not enough memory to verify drafts: no drafts for now.")
             return self.verify_chain(self._no_drafts(), greedy)
 
     def _no_drafts(self) -> Drafts:

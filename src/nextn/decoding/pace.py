@@ -121,7 +121,8 @@ class Pace:
 
     def __post_init__(self) -> None:
         self._plain_steps, self._patience, self._streak, self._committed = 0, FIRST_LOOK, 0, 0
-        # What steps take of late, over what the profile says: all of a kind, and some choice beside the others.
+        # What steps take of late, over what the profile says: the first of a kind one by one, all of a kind, and some
+        # choice beside the others.
         self._first: dict[str, list[float]] = {}
         self._slower: dict[str, float] = {}
         self._own_slower: dict[tuple[str, int], float] = {}
