@@ -25,14 +25,16 @@ PRIOR, PRIOR_WEIGHT = 0.7, 2.0  # what is thought of a draft's acceptance before
 SHARED_WEIGHT = 8.0
 MEMORY, SHARED_MEMORY = 60, 150  # tries after which one weighs 1/e, for a text and for all: texts come in kinds
 LEFT = 0.25  # how much of what others saw counts once a text was left to plain steps
+OLD = 0.5  # how much counts of what was seen before so many plain steps that drafts should be tried again
 # Machines are now faster, now slower: what a step took says as much of all other steps. Of what it says of its own
 # choice alone, the first ones count equally, and then each as one of 20. No step counts more than double.
 RATE, OWN_RATE, OUTLIER = 0.25, 0.05, 2.0
 FIRST_STEPS = 8  # whose median says how long steps of a kind take: the machine may be slow for some, as may the first
-MARGIN = 1.05  # how much faster drafting must be for a plain step to be left
+# How much faster drafting must be for plain steps to be left, and how fast it must stay: one changes for something.
+MARGIN, STAY = 1.05, 0.98
 RECHECK = 64  # steps with drafts, one after the other, until a plain one is timed again
 FIRST_LOOK, LONGEST_WAIT = 128, 4096  # plain steps until drafts are tried again; after each time twice as many
-COMMITTED = 8  # steps with drafts once the heads have caught up: that is paid for, and a few misses say little
+COMMITTED = 8  # tries, over all texts, once the heads have caught up: that is paid for, and a few misses say little
 STEADY = 48  # steps with drafts after which they are no mere try any more
 
 
@@ -121,20 +123,16 @@ class Pace:
 
     def __post_init__(self) -> None:
         self._plain_steps, self._patience, self._streak, self._committed = 0, FIRST_LOOK, 0, 0
+        self._shared = Tally.empty(self.drafts)
+        self._tree_tokens, self._tree_steps = 0.0, 0.0
         # What steps take of late, over what the profile says: the first of a kind one by one, all of a kind, and some
         # choice beside the others.
         self._first: dict[str, list[float]] = {}
         self._slower: dict[str, float] = {}
         self._own_slower: dict[tuple[str, int], float] = {}
         self._timed: Counter[tuple[str, int]] = Counter()  # how many steps were timed
-        self._start_anew()
-
-    def _start_anew(self) -> None:
-        """Forget what drafts brought, and what it took to catch up."""
         # Seconds that the heads needed of late to see a text; their median counts, and until three are known, nothing.
         self._catching_up = deque([0.0, 0.0], maxlen=5)
-        self._shared = Tally.empty(self.drafts)
-        self._tree_tokens, self._tree_steps = 0.0, 0.0
 
     @property
     def acceptance(self) -> list[float]:
@@ -175,13 +173,10 @@ class Pace:
             if self._streak and not behind:
                 self._leave(texts)
             self._plain_steps, self._streak = self._plain_steps + 1, 0
-            if self._plain_steps < self._patience:
+            if not self._looks_again(texts, waiting, behind, kind):
                 return 0
-            self._look_again(texts)
-            choice = self._soonest(texts, waiting, behind, kind, self.acceptance)
-        self._committed = COMMITTED if choice and behind else max(0, self._committed - 1)
-        if not choice:
-            return 0
+            choice = self._fewest
+        self._committed = math.ceil(COMMITTED / len(texts)) if behind else max(0, self._committed - 1)
         self._plain_steps, self._streak = 0, self._streak + 1
         if self._streak == STEADY:
             self._patience = FIRST_LOOK
@@ -193,14 +188,33 @@ class Pace:
         for tally, _ in texts:
             self._shared.add(tally, 1 - LEFT)
 
-    def _look_again(self, texts: Sequence[tuple[Tally, int]]) -> None:
-        """What drafts brought and took was long ago: start from what is thought of any drafts, and see."""
-        self._plain_steps, self._patience = 0, min(2 * self._patience, LONGEST_WAIT)
-        self._start_anew()
+    def _looks_again(self, texts: Sequence[tuple[Tally, int]], waiting: bool, behind: bool, kind: str) -> bool:
+        """Whether drafts are tried once more, where good ones would still pay for these texts."""
+        if self._plain_steps % self._patience == 0:
+            self._forget(texts)
+        if self._plain_steps < self._patience:
+            return False
+        hoped = [(Tally.empty(self.drafts), left) for _, left in texts]
+        if not self._soonest(hoped, waiting, behind, kind, [PRIOR] * self.drafts):
+            return False
+        self._patience = min(2 * self._patience, LONGEST_WAIT)
+        return True
+
+    def _forget(self, texts: Sequence[tuple[Tally, int]]) -> None:
+        """What drafts brought and took was long ago, and may be otherwise now."""
+        self._shared.forget(keep=OLD)
         for tally, _ in texts:
-            tally.forget()
+            tally.forget(keep=OLD)
+        self._tree_tokens, self._tree_steps = OLD * self._tree_tokens, OLD * self._tree_steps
+        self._catching_up.extend([OLD * seconds for seconds in self._catching_up])
         self._own_slower.clear()
         self._timed.clear()
+
+    @property
+    def _fewest(self) -> int:
+        """Drafts that cost least to find out what they bring."""
+        assert self.profile is not None
+        return min([drafts for drafts in self.profile.step if drafts], default=TREE)
 
     def note(
         self,
@@ -270,7 +284,8 @@ class Pace:
 
         choices = [*self.profile.step, *([TREE] if self.profile.tree is not None and self.tree is not None else [])]
         seconds = {choice: until_the_end(choice) for choice in choices}
-        if self._committed and not behind and len(choices) > 1:
-            del seconds[0]
-        best = min(seconds, key=lambda choice: seconds[choice])
-        return best if MARGIN * seconds[best] < seconds.get(0, math.inf) else 0
+        plain = math.inf if self._committed and not behind else seconds.get(0, math.inf)
+        drafting = [choice for choice in choices if choice]
+        best = min(drafting, key=lambda choice: seconds[choice], default=0)
+        margin = MARGIN if behind or not self._streak else STAY
+        return best if margin * seconds[best] < plain else 0
