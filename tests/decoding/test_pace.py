@@ -27,7 +27,7 @@ def test_good_drafts_on_an_idle_machine_are_all_taken():
     chosen = told(Pace(3, CHEAP), [3, 3, 3], 200)
     assert set(chosen) == {0, 3}
     plain = [step for step, choice in enumerate(chosen, start=1) if not choice]
-    assert plain == [RECHECK, 2 * RECHECK, 3 * RECHECK]  # one is timed again
+    assert plain == [*range(RECHECK, 201, RECHECK)]  # one is timed again
 
 
 def test_plain_steps_that_were_slow_at_first_are_found_out():
@@ -52,7 +52,8 @@ def test_where_a_token_more_costs_a_step_more_there_are_plain_steps():
 
 def test_the_depth_follows_what_the_second_draft_brings():
     chosen = told(Pace(3, Profile({0: 1.0, 1: 1.25, 2: 1.65, 3: 2.05})), [1, 1], 200)
-    assert set(chosen[50:]) == {0, 1} and chosen[50:].count(0) == 3  # a plain step is timed again
+    again = [*range(RECHECK, 201, RECHECK)]  # a plain step is timed again
+    assert set(chosen[50:]) == {0, 1} and chosen[50:].count(0) == len([step for step in again if step > 50])
     assert chosen[RECHECK - 1] == 0
 
 
@@ -135,7 +136,7 @@ def test_one_slow_step_at_the_beginning_decides_nothing(slow):
                 seconds = (3.0 if step == slow else 1.0) * profile.step[choice]
                 pace.note(choice, [(text, min(stood, choice))], seconds, kind=kind)
                 chosen.append(choice)
-            assert set(chosen[12:]) == ({3} if stood else {0})
+            assert set(chosen[12 : RECHECK - 1]) == ({3} if stood else {0})
 
 
 def test_one_slow_catching_up_decides_nothing_and_many_do_until_they_are_old():
@@ -160,6 +161,15 @@ def test_a_slower_machine_is_slower_for_all_steps():
         pace.note(3, [(text, 2)], 4.8)
         pace.note(0, [(text, 0)], 1.0)
     assert pace.choose([(text, 100)]) == 0
+
+
+def test_what_drafts_take_over_plain_steps_is_found_out_while_the_machine_grows_slower():
+    pace, text, real = Pace(1, Profile({0: 1.0, 1: 1.1})), Tally.empty(1), {0: 1.0, 1: 1.6}
+    chosen = []
+    for step in range(200):
+        chosen.append(pace.choose([(text, 100)]))
+        pace.note(chosen[-1], [(text, step % 2 and chosen[-1])], real[chosen[-1]] * 1.01**step)
+    assert all(chosen[: RECHECK - 1]) and not any(chosen[3 * RECHECK : 3 * RECHECK + 20])
 
 
 def test_drafting_that_must_first_catch_up_has_to_bring_that_too():

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import statistics
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +26,13 @@ SHARED_WEIGHT = 8.0
 MEMORY, SHARED_MEMORY = 60, 150  # tries after which one weighs 1/e, for a text and for all: texts come in kinds
 LEFT = 0.25  # how much of what others saw counts once a text was left to plain steps
 OLD = 0.5  # how much counts of what was seen before so many plain steps that drafts should be tried again
-# Machines are now faster, now slower: what a step took says as much of all other steps. Of what it says of its own
-# choice alone, the first ones count equally, and then each as one of 20. No step counts more than double.
-RATE, OWN_RATE, OUTLIER = 0.25, 0.05, 2.0
-FIRST_STEPS = 8  # whose median says how long steps of a kind take: the machine may be slow for some, as may the first
+RECENT = 8  # steps, whose median says how long steps take now: machines are now faster, now slower
+# What a draft takes over plain steps is told by steps one after the other: a plain one after drafts, or so many with
+# drafts after plain ones. The median of the last of these, and of what was measured at first, counts.
+AFTER_PLAIN, COMPARISONS = 4, 5
 # How much faster drafting must be for plain steps to be left, and how fast it must stay: one changes for something.
 MARGIN, STAY = 1.05, 0.98
-RECHECK = 64  # steps with drafts, one after the other, until a plain one is timed again
+RECHECK = 32  # steps with drafts, one after the other, until a plain one is timed again
 FIRST_LOOK, LONGEST_WAIT = 128, 4096  # plain steps until drafts are tried again; after each time twice as many
 COMMITTED = 8  # tries, over all texts, once the heads have caught up: that is paid for, and a few misses say little
 STEADY = 48  # steps with drafts after which they are no mere try any more
@@ -125,12 +125,9 @@ class Pace:
         self._plain_steps, self._patience, self._streak, self._committed = 0, FIRST_LOOK, 0, 0
         self._shared = Tally.empty(self.drafts)
         self._tree_tokens, self._tree_steps = 0.0, 0.0
-        # What steps take of late, over what the profile says: the first of a kind one by one, all of a kind, and some
-        # choice beside the others.
-        self._first: dict[str, list[float]] = {}
-        self._slower: dict[str, float] = {}
-        self._own_slower: dict[tuple[str, int], float] = {}
-        self._timed: Counter[tuple[str, int]] = Counter()  # how many steps were timed
+        # By kind of step: the last ones with their seconds, and by drafts what they took over plain ones.
+        self._recent: dict[str, deque[tuple[int, float]]] = {}
+        self._over_plain: dict[tuple[str, int], deque[float]] = {}
         # Seconds that the heads needed of late to see a text; their median counts, and until three are known, nothing.
         self._catching_up = deque([0.0, 0.0], maxlen=5)
 
@@ -164,7 +161,7 @@ class Pace:
             behind: whether the heads have yet to see more than the last step.
             kind: of step, where some take longer than others; of each kind the first steps are plain, to know them.
         """
-        if self.profile is not None and kind != "greedy" and kind not in self._slower:
+        if self.profile is not None and kind != "greedy" and len(self._recent.get(kind, ())) < RECENT:
             return 0
         # To catch up for too little is dear: others must surely have had good drafts for a plain text to be drafted.
         others = self.least_acceptance if behind and self._plain_steps else self.acceptance
@@ -207,8 +204,8 @@ class Pace:
             tally.forget(keep=OLD)
         self._tree_tokens, self._tree_steps = OLD * self._tree_tokens, OLD * self._tree_steps
         self._catching_up.extend([OLD * seconds for seconds in self._catching_up])
-        self._own_slower.clear()
-        self._timed.clear()
+        for (_, choice), compared in self._over_plain.items():
+            compared.append(self._measured(choice) / self._measured(0))
 
     @property
     def _fewest(self) -> int:
@@ -245,25 +242,44 @@ class Pace:
                 self._shared.forget(choice, math.exp(-1 / SHARED_MEMORY))
 
     def _note_seconds(self, choice: int, seconds: float, behind: bool, kind: str) -> None:
-        usual = self._seconds_of(kind, choice)
         if choice and behind:
-            self._catching_up.append(max(0.0, seconds - usual))
+            self._catching_up.append(max(0.0, seconds - self._seconds_of(kind, choice)))
             return
-        self._timed[kind, choice] += 1
-        if kind not in self._slower:
-            first = self._first.setdefault(kind, [])
-            first.append(seconds / usual)
-            if len(first) == FIRST_STEPS:
-                self._slower[kind] = statistics.median(first)
-            return
-        change, own = min(seconds / usual, OUTLIER) - 1, max(OWN_RATE, 1 / self._timed[kind, choice])
-        self._own_slower[kind, choice] = self._own_slower.get((kind, choice), 1.0) * (1 + own * change)
-        self._slower[kind] *= 1 + RATE * (1 - own) * change
+        recent = self._recent.setdefault(kind, deque(maxlen=RECENT))
+        recent.append((choice, seconds))
+        before = [each for each, _ in recent]
+        if choice and before[-1 - AFTER_PLAIN :] == [0] + AFTER_PLAIN * [choice]:
+            self._compare(kind, choice)
+        elif not choice and before[-2:-1] not in ([], [0]):
+            self._compare(kind, before[-2])
+
+    def _compare(self, kind: str, choice: int) -> None:
+        drafted, plain = (
+            statistics.median(seconds for each, seconds in self._recent[kind] if each == wanted)
+            for wanted in (choice, 0)
+        )
+        self._comparisons(kind, choice).append(drafted / plain)
+
+    def _comparisons(self, kind: str, choice: int) -> deque[float]:
+        measured = self._measured(choice) / self._measured(0)
+        return self._over_plain.setdefault((kind, choice), deque([measured], maxlen=COMPARISONS))
+
+    def _measured(self, choice: int) -> float:
+        assert self.profile is not None
+        return (self.profile.tree or math.inf) if choice == TREE else self.profile.step[choice]
 
     def _seconds_of(self, kind: str, choice: int) -> float:
-        assert self.profile is not None
-        measured = (self.profile.tree or math.inf) if choice == TREE else self.profile.step[choice]
-        return measured * self._slower.get(kind, 1.0) * self._own_slower.get((kind, choice), 1.0)
+        """What such a step would take now."""
+        recent = self._recent.get(kind)
+        plain = (
+            statistics.median(seconds / self._ratio(kind, each) for each, seconds in recent)
+            if recent
+            else self._measured(0)
+        )
+        return plain * self._ratio(kind, choice)
+
+    def _ratio(self, kind: str, choice: int) -> float:
+        return statistics.median(self._comparisons(kind, choice)) if choice else 1.0
 
     def _soonest(
         self, texts: Sequence[tuple[Tally, int]], waiting: bool, behind: bool, kind: str, others: Sequence[float]
@@ -279,10 +295,11 @@ class Pace:
                 left / (of_tree if choice == TREE else self.tokens(tally, choice, others)) for tally, left in texts
             ]
             first = catching_up if choice and behind else 0.0
-            seconds = [first + self._seconds_of(kind, choice) * each for each in steps]
+            seconds = [first + step[choice] * each for each in steps]
             return sum(seconds) if waiting else max(seconds, default=1.0)
 
         choices = [*self.profile.step, *([TREE] if self.profile.tree is not None and self.tree is not None else [])]
+        step = {choice: self._seconds_of(kind, choice) for choice in choices}
         seconds = {choice: until_the_end(choice) for choice in choices}
         plain = math.inf if self._committed and not behind else seconds.get(0, math.inf)
         drafting = [choice for choice in choices if choice]
