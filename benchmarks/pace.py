@@ -4,10 +4,10 @@
     python benchmarks/pace.py --set MARGIN=1.08                            # what another constant of pace.py would do
 
 The replay draws, for every text, the steps of a recorded one: how many of all drafts stood. Steps take what
-`nextn bench --batch` measured (results/batches.json), with noise and a drift; a prompt, and what the heads have to catch
-up with, take what they took there. As in the bench one pace goes through the categories and the temperatures in turn;
-`fixed` is what always one draft would bring. The figures are of this model of a machine: they choose constants, and the
-bench says what came of it.
+`nextn bench --batch` measured (results/batches.json), with noise and a drift; prompts, what the heads catch up with and
+tokens that are drawn take what they took there. As in the bench one pace goes through the categories and the
+temperatures in turn; `fixed` is what always one draft would bring. The figures are of this model of a machine: they
+choose constants, and the bench says what came of it.
 """
 
 from __future__ import annotations

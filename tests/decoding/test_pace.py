@@ -110,6 +110,17 @@ def test_after_texts_that_were_left_the_next_one_is_not_drafted_on_what_others_b
     assert pace.choose([(Tally.empty(1), 100)], behind=True) == 0
 
 
+def test_what_greedy_texts_accept_says_nothing_of_drawn_ones():
+    pace, text = Pace(1, Profile({0: 1.0, 1: 1.25})), Tally.empty(1)
+    assert told(pace, [1], 100)[-1] == 1
+    for _ in range(8):
+        pace.note(pace.choose([(text, 100)], kind="scores"), [(text, 0)], 1.0, kind="scores")
+    for _ in range(30):
+        pace.note(1, [(text, 0)], 1.25, kind="scores")
+    assert pace.choose([(Tally.empty(1), 100)], kind="scores") == 0
+    assert pace.choose([(Tally.empty(1), 100)]) == 1
+
+
 def test_deeper_drafts_are_tried_again():
     pace = Pace(3, Profile({0: 1.0, 1: 1.25, 2: 1.55, 3: 1.85}))
     assert told(pace, [1, 1], 100)[-1] == 1

@@ -138,11 +138,12 @@ def asked(rows: Sequence[Row | None], drafts: int, wanted: Asked, device: torch.
     ]
     seeds = _seeds(rows, device)
     at = torch.tensor([[row.length] if row else [0] for row in rows], device=device)
-    coupled = keys(seeds, at + torch.arange(drafts, device=device))
-    apart = keys(seeds, _rounds(rows, drafts, device), DRAFT)
-    rejects = torch.tensor([bool(row and row.sampling.rejects) for row in rows], device=device)
-    chances = Chances(torch.tensor(temperatures, device=device), torch.where(rejects[:, None], apart, coupled))
-    return replace(wanted, chances=chances, drawn=bool(rejects.any()))
+    noise = keys(seeds, at + torch.arange(drafts, device=device))
+    rejects = [bool(row and row.sampling.rejects) for row in rows]
+    if any(rejects):
+        apart = keys(seeds, _rounds(rows, drafts, device), DRAFT)
+        noise = torch.where(torch.tensor(rejects, device=device)[:, None], apart, noise)
+    return replace(wanted, chances=Chances(torch.tensor(temperatures, device=device), noise), drawn=any(rejects))
 
 
 def _draws_drafts(sampling: Sampling) -> bool:

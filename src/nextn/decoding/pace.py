@@ -14,7 +14,7 @@ import json
 import math
 import os
 import statistics
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +123,9 @@ class Pace:
 
     def __post_init__(self) -> None:
         self._plain_steps, self._patience, self._streak, self._committed = 0, FIRST_LOOK, 0, 0
-        self._shared = Tally.empty(self.drafts)
+        self._kind = "greedy"
+        # What all texts saw, by kind of step: drafts stand less often where tokens are drawn.
+        self._seen: dict[str, Tally] = defaultdict(lambda: Tally.empty(self.drafts))
         self._tree_tokens, self._tree_steps = 0.0, 0.0
         # By kind of step: the last ones with their seconds, and by drafts what they took over plain ones.
         self._recent: dict[str, deque[tuple[int, float]]] = {}
@@ -132,8 +134,12 @@ class Pace:
         self._catching_up = deque([0.0, 0.0], maxlen=5)
 
     @property
+    def _shared(self) -> Tally:
+        return self._seen[self._kind]
+
+    @property
     def acceptance(self) -> list[float]:
-        """Of late, over all texts; conditional, by draft."""
+        """Of late, over all texts with steps of the last one's kind; conditional, by draft."""
         return self._shared.acceptance([PRIOR] * self.drafts, PRIOR_WEIGHT)
 
     @property
@@ -161,6 +167,7 @@ class Pace:
             behind: whether the heads have yet to see more than the last step.
             kind: of step, where some take longer than others; of each kind the first steps are plain, to know them.
         """
+        self._kind = kind
         if self.profile is not None and kind != "greedy" and len(self._recent.get(kind, ())) < RECENT:
             return 0
         # To catch up for too little is dear: others must surely have had good drafts for a plain text to be drafted.
@@ -228,6 +235,7 @@ class Pace:
             seconds: what it took, drafting included.
             behind: whether the heads had to catch up.
         """
+        self._kind = kind
         if seconds is not None and self.profile is not None:
             self._note_seconds(choice, seconds, behind, kind)
         if choice == TREE:
