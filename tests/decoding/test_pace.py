@@ -224,6 +224,15 @@ def test_drafts_are_tried_again_one_at_first_and_where_a_text_is_long_enough_for
     assert pace.choose([(Tally.empty(3), 100)], behind=True) == 1
 
 
+def test_plain_steps_of_the_same_texts_are_chosen_together_and_a_new_text_is_seen_at_once():
+    pace, text, new = Pace(3, CHEAP), Tally.empty(3), Tally.empty(3)
+    told(pace, [3], 100)
+    for _ in range(300):
+        text.note(3, 0, 1e9)
+    assert not any(pace.choose([(text, 100)], behind=True) for _ in range(3))
+    assert pace.choose([(new, 100)], behind=True) == 3
+
+
 def test_where_drafts_bring_as_much_as_they_cost_everything_stays_as_it_is():
     for before, choice in ((1, 1), (0, 0)):
         pace, text = Pace(1, Profile({0: 1.0, 1: 1.25})), Tally.empty(1)

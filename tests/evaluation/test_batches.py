@@ -31,12 +31,12 @@ def test_the_interval_of_paired_ratios_is_that_of_their_median():
 
 def test_batches_are_of_one_category_and_full():
     prompts = {"a": [Prompt("a", "", [1]), Prompt("a", "", [2]), Prompt("a", "", [3])], "b": [Prompt("b", "", [4])]}
-    work = batches_of(prompts, 2, 10)
-    assert [category for category, _ in work] == ["a"] * 5 + ["b"] * 5 and all(len(batch) == 2 for _, batch in work)
-    assert work[0] == ("a", [[1], [2]]) and work[5:] == [("b", [[4], [4]])] * 5
+    work = batches_of(prompts, 2, 14)
+    assert [category for category, _ in work] == ["a"] * 7 + ["b"] * 7 and all(len(batch) == 2 for _, batch in work)
+    assert work[0] == ("a", [[1], [2]]) and work[7:] == [("b", [[4], [4]])] * 7
     each = [ids for category, batch in work if category == "a" for (ids,) in batch]
-    assert all(sorted(each[place : place + 3]) == [1, 2, 3] for place in (0, 3, 6))  # all, before one comes again
-    assert len(batches_of(prompts, 4, 2)) == 8
+    assert all(sorted(each[place : place + 3]) == [1, 2, 3] for place in (0, 3, 6, 9))  # all, before one comes again
+    assert len(batches_of(prompts, 4, 2)) == 12
 
 
 def test_the_roofline_of_a_batch_counts_weights_once_and_operations_for_every_row():
@@ -128,7 +128,7 @@ def test_the_verb_measures_every_batch_and_temperature(tiny_heads, tmp_path, met
     assert [(row["batch"], row["temperature"]) for row in found["rows"]] == [(1, 0.0), (1, 1.0), (3, 0.0), (3, 1.0)]
     for row in found["rows"]:
         assert set(row["ratio_by_category"]) == {"c0", "c1"} and row["ratio"]["low"] <= row["ratio"]["value"]
-        assert row["texts"] == (32 if row["batch"] == 1 else 48) and sum(row["steps_by_drafts"].values()) > 0
+        assert row["texts"] == (32 if row["batch"] == 1 else 72) and sum(row["steps_by_drafts"].values()) > 0
         if method == "coupled" or row["temperature"] == 0:
             assert row["texts_as_plain"] == row["texts"]
     assert "over plain" in done.output and "Ratios are medians of pairs" in done.output.replace("\n", " ")

@@ -35,6 +35,7 @@ MARGIN, STAY = 1.05, 0.98
 RECHECK = 32  # steps with drafts, one after the other, until a plain one is timed again
 FIRST_LOOK, LONGEST_WAIT = 128, 4096  # plain steps until drafts are tried again; after each time twice as many
 COMMITTED = 8  # tries, over all texts, once the heads have caught up: that is paid for, and a few misses say little
+CHOOSE_EVERY = 8  # plain steps of the same texts: what they were chosen for stays true, and choosing takes time
 STEADY = 48  # steps with drafts after which they are no mere try any more
 
 
@@ -127,6 +128,7 @@ class Pace:
         # What all texts saw, by kind of step: drafts stand less often where tokens are drawn.
         self._seen: dict[str, Tally] = defaultdict(lambda: Tally.empty(self.drafts))
         self._tree_tokens, self._tree_steps = 0.0, 0.0
+        self._left_plain: list[int] = []  # which texts were last left to plain steps
         # By kind of step: the last ones with their seconds, and by drafts what they took over plain ones.
         self._recent: dict[str, deque[tuple[int, float]]] = {}
         self._over_plain: dict[tuple[str, int], deque[float]] = {}
@@ -167,6 +169,9 @@ class Pace:
             behind: whether the heads have yet to see more than the last step.
             kind: of step, where some take longer than others; of each kind the first steps are plain, to know them.
         """
+        if behind and (self._plain_steps + 1) % CHOOSE_EVERY and self._left_plain == [id(tally) for tally, _ in texts]:
+            self._plain_steps += 1
+            return 0
         self._kind = kind
         if self.profile is not None and kind != "greedy" and len(self._recent.get(kind, ())) < RECENT:
             return 0
@@ -177,9 +182,11 @@ class Pace:
             if self._streak and not behind:
                 self._leave(texts)
             self._plain_steps, self._streak = self._plain_steps + 1, 0
+            self._left_plain = [id(tally) for tally, _ in texts]
             if not self._looks_again(texts, waiting, behind, kind):
                 return 0
             choice = self._fewest
+        self._left_plain = []
         self._committed = math.ceil(COMMITTED / len(texts)) if behind else max(0, self._committed - 1)
         self._plain_steps, self._streak = 0, self._streak + 1
         if self._streak == STEADY:
@@ -238,6 +245,8 @@ class Pace:
         self._kind = kind
         if seconds is not None and self.profile is not None:
             self._note_seconds(choice, seconds, behind, kind)
+        if not choice:
+            return
         if choice == TREE:
             keep = math.exp(-1 / MEMORY)
             self._tree_steps = keep * self._tree_steps + len(accepted)
@@ -246,20 +255,19 @@ class Pace:
         for tally, count in accepted:
             tally.note(choice, count, MEMORY)
             self._shared.note(choice, count, SHARED_MEMORY)
-            if choice:
-                self._shared.forget(choice, math.exp(-1 / SHARED_MEMORY))
+            self._shared.forget(choice, math.exp(-1 / SHARED_MEMORY))
 
     def _note_seconds(self, choice: int, seconds: float, behind: bool, kind: str) -> None:
         if choice and behind:
             self._catching_up.append(max(0.0, seconds - self._seconds_of(kind, choice)))
             return
         recent = self._recent.setdefault(kind, deque(maxlen=RECENT))
+        before = recent[-1][0] if recent else 0
         recent.append((choice, seconds))
-        before = [each for each, _ in recent]
-        if choice and before[-1 - AFTER_PLAIN :] == [0] + AFTER_PLAIN * [choice]:
+        if choice and [each for each, _ in recent][-1 - AFTER_PLAIN :] == [0] + AFTER_PLAIN * [choice]:
             self._compare(kind, choice)
-        elif not choice and before[-2:-1] not in ([], [0]):
-            self._compare(kind, before[-2])
+        elif before and not choice:
+            self._compare(kind, before)
 
     def _compare(self, kind: str, choice: int) -> None:
         drafted, plain = (

@@ -32,7 +32,8 @@ class Sweep:
 
     batches: rows; temperatures: 0 is greedy.
     method: how drafts are verified where tokens are drawn, see `Sampling`.
-    groups: so many batches of each category at batch 1; fewer at larger ones, but four.
+    groups: so many batches of each category at batch 1; fewer at larger ones, but six: the smallest and the largest of
+        six hold the median between them in 97 of 100 cases, of four in 88.
     tree: read a tree of drafts where that is faster.
     """
 
@@ -113,7 +114,7 @@ def batches_of(by_category: dict[str, list[Prompt]], batch: int, groups: int) ->
     """Batches of prompts of one category each; where there are too few they come again, mixed otherwise."""
     work = []
     for category, prompts in by_category.items():
-        count, mixed, shuffled = max(4, groups // batch), list(prompts), random.Random(0)
+        count, mixed, shuffled = max(6, groups // batch), list(prompts), random.Random(0)
         while len(mixed) < count * batch:
             mixed += shuffled.sample(prompts, len(prompts))
         ids = [prompt.ids for prompt in mixed]
