@@ -59,8 +59,9 @@ class Replay:
         kind, drawing = ("scores", DRAWING * self.rows) if sampled else ("greedy", 0.0)
         left, tallies = [NEW_TOKENS - 1] * self.rows, [Tally.empty(max(self.step)) for _ in recorded]
         prefill = self.rows * PROMPT * READING
-        seconds, unseen, plain_run, behind = prefill, self.rows * PROMPT, 0, True
+        seconds, unseen = prefill, self.rows * PROMPT
         while active := [row for row in range(self.rows) if left[row] > 0]:
+            behind = unseen > 8 * len(active)
             choice = self.choose([(tallies[row], left[row]) for row in active], behind=behind, kind=kind)
             took = self._seconds(self.step[choice] + drawing * (1 + choice), unseen if choice and behind else 0)
             stood = [min(choice, self.random.choice(recorded[row])) for row in active]
@@ -70,9 +71,7 @@ class Replay:
             for row, count in zip(active, stood, strict=True):
                 left[row] -= 1 + count
             seconds += took / math.exp(self.drift)
-            plain_run = 0 if choice else plain_run + 1
-            unseen = 0 if choice else unseen + len(active)
-            behind = not choice and (behind or plain_run > 1)  # the states of one step are still at hand
+            unseen = sum(1 + count for count in stood) if choice else unseen + len(active)
         return (prefill + (NEW_TOKENS - 1) * (self.step[0] + drawing)) / seconds
 
     def _seconds(self, step: float, unseen: int) -> float:
@@ -94,7 +93,7 @@ def cells(recorded: Recorded, rows: int, step: dict[int, float], seed: int, fixe
         replay = Replay(rows, step, lambda *_, **__: fixed, lambda *_: None, drawn)
     for temperature, by_category in recorded.items():
         for category, texts in by_category.items():
-            ratios = [replay.text(drawn.choices(texts, k=rows), temperature != "0") for _ in range(max(4, 8 // rows))]
+            ratios = [replay.text(drawn.choices(texts, k=rows), temperature != "0") for _ in range(max(6, 8 // rows))]
             yield temperature, category, statistics.median(ratios)
 
 
@@ -135,9 +134,9 @@ def main(
         return
     for setting in constants or []:
         name, _, value = setting.partition("=")
-        if not hasattr(paces, name):
-            raise typer.BadParameter(f"pace.py has no {name}.")
-        setattr(paces, name, type(getattr(paces, name))(float(value)))
+        if not isinstance(before := getattr(paces, name, None), int | float) or not value:
+            raise typer.BadParameter(f"{setting!r} is no constant of pace.py and a value, like MARGIN=1.08.")
+        setattr(paces, name, type(before)(float(value)))
     recorded: Recorded = json.loads(drafts.read_text())
     categories = list(next(iter(recorded.values())))
     table = narrow_table(

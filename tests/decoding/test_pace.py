@@ -6,7 +6,7 @@ import pytest
 
 from conftest import greedy_reference
 from nextn.decoding import building
-from nextn.decoding.pace import FIRST_LOOK, RECHECK, TREE, Pace, Profile, Tally
+from nextn.decoding.pace import CHOOSE_EVERY, FIRST_LOOK, RECHECK, TREE, Pace, Profile, Tally
 
 CHEAP = Profile({0: 1.0, 1: 1.15, 2: 1.2, 3: 1.25})
 DEAR = Profile({0: 1.0, 1: 2.1, 2: 3.0, 3: 3.9})
@@ -16,7 +16,8 @@ def told(pace: Pace, accepted: list[int], steps: int, waiting: bool = False) -> 
     """What it chooses while each row accepts so many of the drafts that it is offered."""
     chosen, texts = [], [Tally.empty(pace.drafts) for _ in accepted]
     for _ in range(steps):
-        choice = pace.choose([(text, 100) for text in texts], waiting)
+        behind = len(chosen) > 2 and not any(chosen[-3:])
+        choice = pace.choose([(text, 100) for text in texts], waiting, behind)
         stood = [min(count, choice) if choice != TREE else count for count in accepted]
         pace.note(choice, list(zip(texts, stood, strict=True)))
         chosen.append(choice)
@@ -225,12 +226,17 @@ def test_drafts_are_tried_again_one_at_first_and_where_a_text_is_long_enough_for
 
 
 def test_plain_steps_of_the_same_texts_are_chosen_together_and_a_new_text_is_seen_at_once():
-    pace, text, new = Pace(3, CHEAP), Tally.empty(3), Tally.empty(3)
-    told(pace, [3], 100)
-    for _ in range(300):
-        text.note(3, 0, 1e9)
-    assert not any(pace.choose([(text, 100)], behind=True) for _ in range(3))
-    assert pace.choose([(new, 100)], behind=True) == 3
+    for other in (False, True):
+        pace, text = Pace(3, CHEAP), Tally.empty(3)
+        told(pace, [3], 100)
+        for _ in range(300):
+            text.note(3, 0, 1e9)
+        assert not pace.choose([(text, 100)], behind=True)
+        text = Tally.empty(3) if other else text
+        for _ in range(3000):
+            text.note(3, 3, 1e9)
+        chosen = [pace.choose([(text, 100)], behind=True) for _ in range(CHOOSE_EVERY)]
+        assert chosen.index(3) == (0 if other else CHOOSE_EVERY - 2)
 
 
 def test_where_drafts_bring_as_much_as_they_cost_everything_stays_as_it_is():

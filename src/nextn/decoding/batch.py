@@ -315,6 +315,15 @@ class Batch:
         """Whether the drafter has yet to see the last step alone."""
         return self.fresh is not None and not any(row.unread for row in self.slots if row is not None)
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the drafter has yet to see so much of a text that it takes time: more than two rounds of drafts."""
+        return any(
+            len(row.unread) > 2 * self.n or sum(map(len, row.unread)) > 2 * self.n
+            for row in self.slots
+            if row is not None
+        )
+
     # --- drafts -----------------------------------------------------------------------------------------------
 
     def propose(self, wanted: Asked) -> Drafts:

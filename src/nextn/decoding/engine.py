@@ -308,7 +308,7 @@ class Engine(Batch):
     def _step(self, waiting: bool) -> None:
         """Drafts, one trunk forward over the pending token and the drafts of every row, and what stands of them."""
         kind = "greedy" if self.is_greedy() else "scores"
-        behind = not self.is_fresh
+        behind = self.is_behind
         choice = self._drafts_to_read(kind, waiting, behind)
         begun = time.perf_counter()
         before = self.pending, self.lengths

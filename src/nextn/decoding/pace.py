@@ -33,7 +33,8 @@ AFTER_PLAIN, COMPARISONS = 4, 5
 # How much faster drafting must be for plain steps to be left, and how fast it must stay: one changes for something.
 MARGIN, STAY = 1.05, 0.98
 RECHECK = 32  # steps with drafts, one after the other, until a plain one is timed again
-FIRST_LOOK, LONGEST_WAIT = 128, 4096  # plain steps until drafts are tried again; after each time twice as many
+# Plain steps until drafts are tried again, after each time twice as many; multiples of CHOOSE_EVERY.
+FIRST_LOOK, LONGEST_WAIT = 128, 4096
 COMMITTED = 8  # tries, over all texts, once the heads have caught up: that is paid for, and a few misses say little
 CHOOSE_EVERY = 8  # plain steps of the same texts: what they were chosen for stays true, and choosing takes time
 STEADY = 48  # steps with drafts after which they are no mere try any more
@@ -55,7 +56,9 @@ class Profile:
         """A profile that was kept, None where there is none."""
         try:
             kept = json.loads(path.read_text())
-            return cls({int(drafts): float(seconds) for drafts, seconds in kept["step"].items()}, kept["tree"])
+            found = cls({int(drafts): float(seconds) for drafts, seconds in kept["step"].items()}, kept["tree"])
+            times = [*found.step.values(), *([] if found.tree is None else [found.tree])]
+            return found if all(0 < seconds < math.inf for seconds in times) else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -73,7 +76,7 @@ class Profile:
 TREE = -1  # in place of a number of drafts
 
 
-@dataclass
+@dataclass(eq=False)
 class Tally:
     """How often each draft of a text was tried, all earlier ones standing, and how often it stood."""
 
@@ -124,16 +127,16 @@ class Pace:
 
     def __post_init__(self) -> None:
         self._plain_steps, self._patience, self._streak, self._committed = 0, FIRST_LOOK, 0, 0
-        self._kind = "greedy"
+        self._kind = self._noted = "greedy"  # of the step that is chosen, and of the last one that was made
         # What all texts saw, by kind of step: drafts stand less often where tokens are drawn.
         self._seen: dict[str, Tally] = defaultdict(lambda: Tally.empty(self.drafts))
         self._tree_tokens, self._tree_steps = 0.0, 0.0
-        self._left_plain: list[int] = []  # which texts were last left to plain steps
+        self._left_plain: list[Tally] = []  # of the texts that were last left to plain steps
         # By kind of step: the last ones with their seconds, and by drafts what they took over plain ones.
         self._recent: dict[str, deque[tuple[int, float]]] = {}
         self._over_plain: dict[tuple[str, int], deque[float]] = {}
         # Seconds that the heads needed of late to see a text; their median counts, and until three are known, nothing.
-        self._catching_up = deque([0.0, 0.0], maxlen=5)
+        self._catching_up = deque([0.0] * 5, maxlen=5)
 
     @property
     def _shared(self) -> Tally:
@@ -166,14 +169,17 @@ class Pace:
         Args:
             texts: the tally of each row at work, and how many tokens it may still emit.
             waiting: whether prompts wait for a slot.
-            behind: whether the heads have yet to see more than the last step.
-            kind: of step, where some take longer than others; of each kind the first steps are plain, to know them.
+            behind: whether the heads have yet to see so much that it takes time.
+            kind: of step, where some take longer than others; of each kind but `greedy`, which is what the profile is
+                of, the first steps are plain.
         """
-        if behind and (self._plain_steps + 1) % CHOOSE_EVERY and self._left_plain == [id(tally) for tally, _ in texts]:
+        tallies = [tally for tally, _ in texts]
+        if behind and (self._plain_steps + 1) % CHOOSE_EVERY and self._left_plain == tallies:
             self._plain_steps += 1
             return 0
         self._kind = kind
         if self.profile is not None and kind != "greedy" and len(self._recent.get(kind, ())) < RECENT:
+            self._plain_steps, self._streak, self._committed = 0, 0, 0
             return 0
         # To catch up for too little is dear: others must surely have had good drafts for a plain text to be drafted.
         others = self.least_acceptance if behind and self._plain_steps else self.acceptance
@@ -181,8 +187,8 @@ class Pace:
         if not choice:
             if self._streak and not behind:
                 self._leave(texts)
-            self._plain_steps, self._streak = self._plain_steps + 1, 0
-            self._left_plain = [id(tally) for tally, _ in texts]
+            self._plain_steps, self._streak, self._committed = self._plain_steps + 1, 0, 0
+            self._left_plain = tallies
             if not self._looks_again(texts, waiting, behind, kind):
                 return 0
             choice = self._fewest
@@ -206,7 +212,8 @@ class Pace:
         if self._plain_steps < self._patience:
             return False
         hoped = [(Tally.empty(self.drafts), left) for _, left in texts]
-        if not self._soonest(hoped, waiting, behind, kind, [PRIOR] * self.drafts):
+        pays = self._soonest(hoped, waiting, behind, kind, [PRIOR] * self.drafts)
+        if not pays and self._plain_steps < LONGEST_WAIT:  # what was measured at first may be wrong
             return False
         self._patience = min(2 * self._patience, LONGEST_WAIT)
         return True
@@ -218,8 +225,9 @@ class Pace:
             tally.forget(keep=OLD)
         self._tree_tokens, self._tree_steps = OLD * self._tree_tokens, OLD * self._tree_steps
         self._catching_up.extend([OLD * seconds for seconds in self._catching_up])
-        for (_, choice), compared in self._over_plain.items():
-            compared.append(self._measured(choice) / self._measured(0))
+        for (kind, choice), compared in self._over_plain.items():
+            if kind == self._kind:
+                compared.append(self._measured(choice) / self._measured(0))
 
     @property
     def _fewest(self) -> int:
@@ -242,9 +250,9 @@ class Pace:
             seconds: what it took, drafting included.
             behind: whether the heads had to catch up.
         """
-        self._kind = kind
         if seconds is not None and self.profile is not None:
-            self._note_seconds(choice, seconds, behind, kind)
+            self._note_seconds(choice, seconds, behind, kind, follows=kind == self._noted)
+        self._kind = self._noted = kind
         if not choice:
             return
         if choice == TREE:
@@ -257,12 +265,12 @@ class Pace:
             self._shared.note(choice, count, SHARED_MEMORY)
             self._shared.forget(choice, math.exp(-1 / SHARED_MEMORY))
 
-    def _note_seconds(self, choice: int, seconds: float, behind: bool, kind: str) -> None:
+    def _note_seconds(self, choice: int, seconds: float, behind: bool, kind: str, follows: bool) -> None:
         if choice and behind:
             self._catching_up.append(max(0.0, seconds - self._seconds_of(kind, choice)))
             return
         recent = self._recent.setdefault(kind, deque(maxlen=RECENT))
-        before = recent[-1][0] if recent else 0
+        before = recent[-1][0] if recent and follows else 0
         recent.append((choice, seconds))
         if choice and [each for each, _ in recent][-1 - AFTER_PLAIN :] == [0] + AFTER_PLAIN * [choice]:
             self._compare(kind, choice)
@@ -317,7 +325,7 @@ class Pace:
         choices = [*self.profile.step, *([TREE] if self.profile.tree is not None and self.tree is not None else [])]
         step = {choice: self._seconds_of(kind, choice) for choice in choices}
         seconds = {choice: until_the_end(choice) for choice in choices}
-        plain = math.inf if self._committed and not behind else seconds.get(0, math.inf)
+        plain = math.inf if self._committed and not behind else seconds[0]
         drafting = [choice for choice in choices if choice]
         best = min(drafting, key=lambda choice: seconds[choice], default=0)
         margin = MARGIN if behind or not self._streak else STAY
