@@ -27,9 +27,10 @@ from rich.console import Console
 from nextn.decoding import pace as paces
 from nextn.decoding.pace import Pace, Profile, Tally
 from nextn.decoding.sampling import Sampling
-from nextn.evaluation.bench import Settings, read
+from nextn.evaluation.batches import Sweep, batches_a_category, prompts_by_category
+from nextn.evaluation.bench import Settings
 from nextn.evaluation.report import narrow_table
-from nextn.formats.native import base_of, load, named_dtype
+from nextn.formats.native import load, named_dtype
 
 RESULTS = Path(__file__).parent / "results"
 TEXTS, TEMPERATURES = 12, (0.0, 0.7, 1.0)  # recorded texts a category, at each of them
@@ -61,7 +62,7 @@ class Replay:
         prefill = self.rows * PROMPT * READING
         seconds, unseen = prefill, self.rows * PROMPT
         while active := [row for row in range(self.rows) if left[row] > 0]:
-            behind = unseen > 8 * len(active)
+            behind = unseen > 2 * (1 + max(self.step)) * len(active)  # as `Batch.is_behind`
             choice = self.choose([(tallies[row], left[row]) for row in active], behind=behind, kind=kind)
             took = self._seconds(self.step[choice] + drawing * (1 + choice), unseen if choice and behind else 0)
             stood = [min(choice, self.random.choice(recorded[row])) for row in active]
@@ -93,7 +94,8 @@ def cells(recorded: Recorded, rows: int, step: dict[int, float], seed: int, fixe
         replay = Replay(rows, step, lambda *_, **__: fixed, lambda *_: None, drawn)
     for temperature, by_category in recorded.items():
         for category, texts in by_category.items():
-            ratios = [replay.text(drawn.choices(texts, k=rows), temperature != "0") for _ in range(max(6, 8 // rows))]
+            batches = [drawn.choices(texts, k=rows) for _ in range(batches_a_category(rows, Sweep.groups))]
+            ratios = [replay.text(batch, temperature != "0") for batch in batches]
             yield temperature, category, statistics.median(ratios)
 
 
@@ -101,19 +103,20 @@ def record(prompts: Path, console: Console) -> Recorded:
     """How many of all drafts stood, with the bundled model and the shipped heads."""
     settings = Settings(model="smollm2-135m-instruct", prompts=prompts, dtype="float32", count=8 * TEXTS)
     model = load(settings.model, dtype=named_dtype(settings.dtype)).eval()
-    by_category: dict[str, list[list[int]]] = {}
-    for prompt in read(settings, base_of(settings.model), console):
-        by_category.setdefault(prompt.category, []).append(prompt.ids)
+    by_category = prompts_by_category(settings, console)
     engine, found = model.engine(TEXTS, stop_tokens=[]), {}
     for temperature in TEMPERATURES:
         found[f"{temperature:g}"] = {
             category: [
                 [int(count) for count in result.accepted]
                 for _, result in engine.generate(
-                    ids[:TEXTS], NEW_TOKENS, sampling=Sampling(temperature=temperature), progress=console
+                    [prompt.ids for prompt in texts[:TEXTS]],
+                    NEW_TOKENS,
+                    sampling=Sampling(temperature=temperature),
+                    progress=console,
                 )
             ]
-            for category, ids in by_category.items()
+            for category, texts in by_category.items()
         }
     return found
 

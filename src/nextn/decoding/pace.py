@@ -267,7 +267,7 @@ class Pace:
 
     def _note_seconds(self, choice: int, seconds: float, behind: bool, kind: str, follows: bool) -> None:
         if choice and behind:
-            self._catching_up.append(max(0.0, seconds - self._seconds_of(kind, choice)))
+            self._catching_up.append(max(0.0, seconds - self._plain_seconds(kind) * self._ratio(kind, choice)))
             return
         recent = self._recent.setdefault(kind, deque(maxlen=RECENT))
         before = recent[-1][0] if recent and follows else 0
@@ -292,15 +292,11 @@ class Pace:
         assert self.profile is not None
         return (self.profile.tree or math.inf) if choice == TREE else self.profile.step[choice]
 
-    def _seconds_of(self, kind: str, choice: int) -> float:
-        """What such a step would take now."""
-        recent = self._recent.get(kind)
-        plain = (
-            statistics.median(seconds / self._ratio(kind, each) for each, seconds in recent)
-            if recent
-            else self._measured(0)
-        )
-        return plain * self._ratio(kind, choice)
+    def _plain_seconds(self, kind: str) -> float:
+        """What a plain step would take now, by steps of whatever choice."""
+        if not (recent := self._recent.get(kind)):
+            return self._measured(0)
+        return statistics.median(seconds / self._ratio(kind, choice) for choice, seconds in recent)
 
     def _ratio(self, kind: str, choice: int) -> float:
         return statistics.median(self._comparisons(kind, choice)) if choice else 1.0
@@ -323,7 +319,8 @@ class Pace:
             return sum(seconds) if waiting else max(seconds, default=1.0)
 
         choices = [*self.profile.step, *([TREE] if self.profile.tree is not None and self.tree is not None else [])]
-        step = {choice: self._seconds_of(kind, choice) for choice in choices}
+        plain_step = self._plain_seconds(kind)
+        step = {choice: plain_step * self._ratio(kind, choice) for choice in choices}
         seconds = {choice: until_the_end(choice) for choice in choices}
         plain = math.inf if self._committed and not behind else seconds[0]
         drafting = [choice for choice in choices if choice]

@@ -74,9 +74,7 @@ def sweep(
         BenchError: where no prompt fits.
     """
     model = load(settings.model, dtype=named_dtype(settings.dtype)).eval()
-    by_category: dict[str, list[Prompt]] = {}
-    for prompt in read(settings, base_of(settings.model), console):
-        by_category.setdefault(prompt.category, []).append(prompt)
+    by_category = prompts_by_category(settings, console)
     found: dict[str, Any] = {
         "model": settings.model,
         "n": model.multi_token.n,
@@ -110,11 +108,28 @@ def sweep(
     return found
 
 
+def prompts_by_category(settings: Settings, console: Console) -> dict[str, list[Prompt]]:
+    """The prompts that the settings name, in their order.
+
+    Raises:
+        BenchError: where no prompt fits.
+    """
+    found: dict[str, list[Prompt]] = {}
+    for prompt in read(settings, base_of(settings.model), console):
+        found.setdefault(prompt.category, []).append(prompt)
+    return found
+
+
+def batches_a_category(batch: int, groups: int) -> int:
+    """Of how many batches a median is taken, see `Sweep`."""
+    return max(6, groups // batch)
+
+
 def batches_of(by_category: dict[str, list[Prompt]], batch: int, groups: int) -> list[tuple[str, list[list[int]]]]:
     """Batches of prompts of one category each; where there are too few they come again, mixed otherwise."""
     work = []
     for category, prompts in by_category.items():
-        count, mixed, shuffled = max(6, groups // batch), list(prompts), random.Random(0)
+        count, mixed, shuffled = batches_a_category(batch, groups), list(prompts), random.Random(0)
         while len(mixed) < count * batch:
             mixed += shuffled.sample(prompts, len(prompts))
         ids = [prompt.ids for prompt in mixed]
