@@ -88,7 +88,8 @@ def cells(recorded: Recorded, rows: int, step: dict[int, float], seed: int, fixe
     drawn = random.Random(seed)
     if fixed is None:
         wrong = {drafts: seconds * math.exp(drawn.gauss(0, MEASURED)) for drafts, seconds in step.items()}
-        pace = Pace(max(step), Profile(wrong))
+        drawing = DRAWING * rows * math.exp(drawn.gauss(0, MEASURED))
+        pace = Pace(max(step), Profile(wrong, drawn=wrong[0] + drawing))
         replay = Replay(rows, step, pace.choose, pace.note, drawn)
     else:
         replay = Replay(rows, step, lambda *_, **__: fixed, lambda *_: None, drawn)

@@ -122,6 +122,21 @@ def test_what_greedy_texts_accept_says_nothing_of_drawn_ones():
     assert pace.choose([(Tally.empty(1), 100)]) == 1
 
 
+def test_where_drawing_takes_time_it_is_drafted_less_far_from_the_first_step_on():
+    greedy, drawn = {0: 1.0, 1: 1.2, 3: 1.4}, 1.5
+
+    def first(profile: Profile) -> int:
+        pace, text = Pace(3, profile), Tally.empty(3)
+        for _ in range(8):
+            pace.note(pace.choose([(text, 100)], kind="scores"), [(text, 0)], drawn, kind="scores")
+        return pace.choose([(text, 100)], kind="scores")
+
+    assert first(Profile(greedy)) == 3  # believed to take 1.4 plain steps
+    # Three take (1.4 + 4 * 0.5) / 1.5 = 2.3 plain ones, one (1.2 + 2 * 0.5) / 1.5 = 1.5, for 2.5 and 1.7 tokens.
+    assert first(Profile(greedy, drawn=drawn)) == 1
+    assert Pace(3, Profile(greedy, drawn=drawn)).choose([(Tally.empty(3), 100)]) == 3
+
+
 def test_deeper_drafts_are_tried_again():
     pace = Pace(3, Profile({0: 1.0, 1: 1.25, 2: 1.55, 3: 1.85}))
     assert told(pace, [1, 1], 100)[-1] == 1
@@ -265,7 +280,7 @@ def test_a_profile_is_measured_once_and_kept(trained_model, prompts, monkeypatch
     found = dict(engine.generate(prompts, 20))
     profile = engine.pace.profile
     assert set(profile.step) == {0, 1, 2, 3} and profile.tree is None
-    assert all(seconds > 0 for seconds in profile.step.values())
+    assert all(seconds > 0 for seconds in [*profile.step.values(), profile.drawn])
     (kept,) = (tmp_path / "profiles").iterdir()
     assert Profile.read(kept) == profile == building.measure(engine, 3)
     kept.write_text("{")

@@ -15,8 +15,9 @@ import torch
 from nextn.config import cache_directory
 from nextn.decoding.compiled import Progress, compiled, key, machine_name, recall, remember
 from nextn.decoding.drafting import Asked, Codes, Draft, Drafts, HeadDrafter, NoisyDraft
-from nextn.decoding.pace import TREE, Profile
+from nextn.decoding.pace import DRAWN, TREE, Profile
 from nextn.decoding.rows import DecodingError, Generation, Row
+from nextn.decoding.sampling import GREEDY, Sampling
 from nextn.decoding.tree import Chances
 from nextn.decoding.verify import Score, Verify, judged
 
@@ -139,13 +140,14 @@ def measure(engine: Engine, rows: int) -> Profile:
     lengths, pending = engine.lengths, engine.pending
     fresh = engine.verify_chain(Drafts(pending.new_zeros(rows, max(widths))), greedy=True)
 
-    def seconds(wanted: Asked | None) -> float:
+    def seconds(choice: int, wanted: Asked | None) -> float:
         engine.lengths, engine.pending, engine.fresh = lengths, pending, fresh
         for row in engine.slots:
             if row is not None:
                 row.unread = []
+                row.sampling = Sampling(temperature=1.0) if choice == DRAWN else GREEDY
         start = time.perf_counter()
-        width = len(engine.step(wanted, greedy=True).run.tolist()[0])
+        width = len(engine.step(wanted, greedy=choice != DRAWN).run.tolist()[0])
         if wanted is not None and width == 1:
             raise DecodingError("there is not enough memory for drafts")
         return time.perf_counter() - start
@@ -153,12 +155,14 @@ def measure(engine: Engine, rows: int) -> Profile:
     choices = {drafts: Asked(levels=drafts) if drafts else None for drafts in widths}
     if engine.tree is not None:
         choices[TREE] = Asked(tree=engine.tree)
+    if engine.code is None or engine.code.score:  # otherwise tokens are drawn by another, slower kind of step
+        choices[DRAWN] = None
     # In turns, since machines are now faster, now slower; the first one warms up.
-    turns = [{choice: seconds(wanted) for choice, wanted in choices.items()}]
+    turns = [{choice: seconds(choice, wanted) for choice, wanted in choices.items()}]
     while len(turns) < 3 or (len(turns) < 8 and sum(sum(turn.values()) for turn in turns[1:]) < 0.5 * len(choices)):
-        turns.append({choice: seconds(wanted) for choice, wanted in choices.items()})
+        turns.append({choice: seconds(choice, wanted) for choice, wanted in choices.items()})
     step = {choice: statistics.median(turn[choice] for turn in turns[1:]) for choice in choices}
-    profile = Profile(step, step.pop(TREE, None))
+    profile = Profile(step, step.pop(TREE, None), step.pop(DRAWN, None))
     profile.write(path)
     return profile
 

@@ -46,18 +46,21 @@ class Profile:
 
     step: one by how many drafts a row it makes and reads; those that were measured.
     tree: one with a tree; None without one.
+    drawn: a plain one whose tokens are drawn; None where that is not known.
     """
 
     step: dict[int, float]
     tree: float | None = None
+    drawn: float | None = None
 
     @classmethod
     def read(cls, path: Path) -> Profile | None:
         """A profile that was kept, None where there is none."""
         try:
             kept = json.loads(path.read_text())
-            found = cls({int(drafts): float(seconds) for drafts, seconds in kept["step"].items()}, kept["tree"])
-            times = [*found.step.values(), *([] if found.tree is None else [found.tree])]
+            step = {int(drafts): float(seconds) for drafts, seconds in kept["step"].items()}
+            found = cls(step, kept["tree"], kept["drawn"])
+            times = [*step.values(), *(seconds for seconds in (found.tree, found.drawn) if seconds is not None)]
             return found if all(0 < seconds < math.inf for seconds in times) else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
@@ -73,7 +76,7 @@ class Profile:
             return
 
 
-TREE = -1  # in place of a number of drafts
+TREE, DRAWN = -1, -2  # in place of a number of drafts: the tree; a plain step whose tokens are drawn
 
 
 @dataclass(eq=False)
@@ -227,7 +230,7 @@ class Pace:
         self._catching_up.extend([OLD * seconds for seconds in self._catching_up])
         for (kind, choice), compared in self._over_plain.items():
             if kind == self._kind:
-                compared.append(self._measured(choice) / self._measured(0))
+                compared.append(self._at_first(kind, choice))
 
     @property
     def _fewest(self) -> int:
@@ -285,8 +288,14 @@ class Pace:
         self._comparisons(kind, choice).append(drafted / plain)
 
     def _comparisons(self, kind: str, choice: int) -> deque[float]:
-        measured = self._measured(choice) / self._measured(0)
-        return self._over_plain.setdefault((kind, choice), deque([measured], maxlen=COMPARISONS))
+        return self._over_plain.setdefault((kind, choice), deque([self._at_first(kind, choice)], maxlen=COMPARISONS))
+
+    def _at_first(self, kind: str, choice: int) -> float:
+        """What a choice was measured to take over a plain step; where tokens are drawn every one takes longer."""
+        assert self.profile is not None
+        plain = self._measured(0)
+        drawing = 0.0 if kind == "greedy" else max(0.0, (self.profile.drawn or 0.0) - plain)
+        return (self._measured(choice) + (1 + max(0, choice)) * drawing) / (plain + drawing)
 
     def _measured(self, choice: int) -> float:
         assert self.profile is not None
