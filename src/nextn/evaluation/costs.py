@@ -140,7 +140,7 @@ class Costs:
     def stops_paying(self, machine: Machine, context: int, tau: float) -> int | None:
         """The batch from which on drafting is slower than plain decoding; None: it still pays at 4,096 rows.
 
-        Where tokens choose experts it may not pay at smaller batches either, see `slow_batches`.
+        It may not pay at some smaller batches either, see `slow_batches`.
         """
 
         def pays(batch: int) -> bool:
@@ -156,7 +156,11 @@ class Costs:
         return slow
 
     def slow_batches(self, machine: Machine, context: int, tau: float) -> list[int]:
-        """Powers of two below `stops_paying` at which drafting is slower: drafts wake experts that sleep without."""
+        """Powers of two below `stops_paying` at which drafting is slower.
+
+        There drafts wake experts that sleep without; or texts are long: plain steps read a cache for each row more, and
+        the weights of the heads are read once for all rows.
+        """
         stops = self.stops_paying(machine, context, tau) or math.inf
         return [batch for batch in BATCHES if batch < stops and self.speedup(machine, batch, context, tau) < 1]
 
