@@ -129,14 +129,14 @@ def test_drafting_stops_paying_at_a_border(tau, rate, context):
     assert costs.speedup(machine, stops, context, tau) < 1
     assert stops == 1 or costs.speedup(machine, stops - 1, context, tau) >= 1
     slow = costs.slow_batches(machine, context, tau)
-    assert all(costs.speedup(machine, batch, context, tau) < 1 for batch in slow)
+    assert slow == BATCHES[: len(slow)], "where drafting pays is one stretch of batches"
     assert not slow or context, "without experts and caches drafting pays less the more rows there are"
 
 
 def test_long_texts_can_make_drafting_pay_at_two_rows_and_not_at_one():
     costs, machine = costs_of(DENSE), Machine(1e9, 4_675_177_305.0)
-    assert costs.slow_batches(machine, 100, 2.25) == [1] and costs.stops_paying(machine, 100, 2.25) == 3
-    assert costs.speedup(machine, 1, 100, 2.25) < 1 <= costs.speedup(machine, 2, 100, 2.25)
+    assert costs.slow_batches(machine, 100, 2.26) == [1] and costs.stops_paying(machine, 100, 2.26) == 3
+    assert costs.speedup(machine, 1, 100, 2.26) < 1 < costs.speedup(machine, 2, 100, 2.26)
 
 
 DENSE = build(recurrent=True)

@@ -15,7 +15,7 @@ import torch
 from nextn.config import cache_directory
 from nextn.decoding.compiled import Progress, compiled, key, machine_name, recall, remember
 from nextn.decoding.drafting import Asked, Codes, Draft, Drafts, HeadDrafter, NoisyDraft
-from nextn.decoding.pace import DRAWN, TREE, Profile
+from nextn.decoding.pace import TREE, Profile
 from nextn.decoding.rows import DecodingError, Generation, Row
 from nextn.decoding.sampling import GREEDY, Sampling
 from nextn.decoding.tree import Chances
@@ -28,6 +28,7 @@ PADDING = 3  # 4 tokens a step: what small matrix kernels take at once on some C
 # How often each kind of step is timed at most, and until how many seconds have passed: with a quarter of them what a
 # draft takes over a plain step came out as 1.16 to 1.43, by turns.
 TURNS, LONGEST = 32, 4.0
+DRAWN = -2  # beside TREE: a plain step whose tokens are drawn
 
 
 @dataclass(frozen=True)
@@ -160,12 +161,17 @@ def measure(engine: Engine, rows: int) -> Profile:
         choices[TREE] = Asked(tree=engine.tree)
     if engine.code is None or engine.code.score:  # otherwise tokens are drawn by another, slower kind of step
         choices[DRAWN] = None
+
+    def turn() -> dict[int, float]:
+        return {choice: seconds(choice, wanted) for choice, wanted in choices.items()}
+
     # In turns, since machines are now faster, now slower; the first one warms up.
-    turns, begun = [{choice: seconds(choice, wanted) for choice, wanted in choices.items()}], time.perf_counter()
-    while len(turns) < 3 or (len(turns) <= TURNS and time.perf_counter() - begun < LONGEST):
-        turns.append({choice: seconds(choice, wanted) for choice, wanted in choices.items()})
-    plain = statistics.median(turn[0] for turn in turns[1:])
-    step = {choice: plain * statistics.median(turn[choice] / turn[0] for turn in turns[1:]) for choice in choices}
+    turn()
+    turns, begun = [turn(), turn()], time.perf_counter()
+    while len(turns) < TURNS and time.perf_counter() - begun < LONGEST:
+        turns.append(turn())
+    plain = statistics.median(each[0] for each in turns)
+    step = {choice: plain * statistics.median(each[choice] / each[0] for each in turns) for choice in choices}
     profile = Profile(step, step.pop(TREE, None), step.pop(DRAWN, None))
     profile.write(path)
     return profile

@@ -76,7 +76,7 @@ class Profile:
             return
 
 
-TREE, DRAWN = -1, -2  # in place of a number of drafts: the tree; a plain step whose tokens are drawn
+TREE = -1  # in place of a number of drafts
 
 
 @dataclass(eq=False)
