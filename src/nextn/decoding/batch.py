@@ -373,7 +373,8 @@ class Batch:
             while (length := len(row.unread[0])) > part:
                 self._show([(slot, row)], leave=max(part, length - chunk))
         if isinstance(self.drafter, HeadDrafter) and self.drafter.compiled:  # which takes the states of one step
-            self._show([(slot, row) for slot, row in members if len(row.unread[0]) > self.n], leave=self.n)
+            step = 1 + (wanted.levels or self.n - 1)
+            self._show([(slot, row) for slot, row in members if len(row.unread[0]) > step], leave=step)
         return self.drafter.propose(
             *self._window(active, [row.unread[0] for _, row in members]),
             asked([row for _, row in members], self.n - 1, wanted, self.lengths.device),

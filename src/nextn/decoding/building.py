@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nextn.config import cache_directory
+from nextn.decoding.batch import Step
 from nextn.decoding.compiled import Progress, compiled, key, machine_name, recall, remember
 from nextn.decoding.drafting import Asked, Codes, Draft, Drafts, HeadDrafter, NoisyDraft
 from nextn.decoding.pace import TREE, Profile
@@ -73,12 +74,18 @@ def build(engine: Engine, progress: Progress, sampling: bool) -> Code:
     )
 
     def by_levels(module: type[Draft], noise: Chances | None) -> Codes:
-        assert isinstance(engine.drafter, HeadDrafter)
-        inputs = engine.drafter.step_inputs(tapped, positions, targets, accepted, noise)
-        heads = engine.drafter.heads
+        drafter = engine.drafter
+        assert isinstance(drafter, HeadDrafter)
+
+        def draft(levels: int) -> Callable[..., Any]:
+            width = levels + 1
+            step = tapped[:, :width], positions[:, :width], targets[:, :width], accepted
+            inputs = drafter.step_inputs(levels, *step, noise)
+            return compiled(module(engine.trunk, drafter.heads, levels), inputs, progress)
+
         # Modules that look back make all drafts, however few are wanted.
-        wanted = [full] if heads.lookback else code.depths
-        return {levels: compiled(module(engine.trunk, heads, levels), inputs, progress) for levels in wanted if levels}
+        wanted = [full] if drafter.heads.lookback else code.depths
+        return {levels: draft(levels) for levels in wanted if levels}
 
     code = replace(code, drafts=by_levels(Draft, None))
     return replace(code, noisy_drafts=by_levels(NoisyDraft, chances)) if sampling else code
@@ -142,10 +149,16 @@ def measure(engine: Engine, rows: int) -> Profile:
     example(engine, 0, rows=rows)
 
     lengths, pending = engine.lengths, engine.pending
-    fresh = engine.verify_chain(Drafts(pending.new_zeros(rows, max(widths))), greedy=True)
+
+    def step_with(drafts: int) -> Step:
+        engine.lengths, engine.pending = lengths, pending
+        return engine.verify_chain(Drafts(pending.new_zeros(rows, drafts)), greedy=True)
+
+    before = {drafts: step_with(drafts) for drafts in widths}
 
     def seconds(choice: int, wanted: Asked | None) -> float:
-        engine.lengths, engine.pending, engine.fresh = lengths, pending, fresh
+        engine.lengths, engine.pending = lengths, pending
+        engine.fresh = before[max(widths) if choice == TREE else max(0, choice)]
         for row in engine.slots:
             if row is not None:
                 row.unread = []

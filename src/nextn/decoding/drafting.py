@@ -173,13 +173,14 @@ class HeadDrafter:
     ) -> Tensor | None:
         """Drafts of one step of all rows; None where that is not what is asked, or not compiled."""
         codes = self.compiled if asked.chances is None else self.compiled_noisy
-        enough = [levels for levels in codes if levels >= (asked.levels or self.drafts)]
-        missing = self.heads.n - hidden.shape[1]
-        is_step = len(hidden) == len(self.past_hidden) and missing >= 0
+        least = max(asked.levels or self.drafts, hidden.shape[1] - 1)
+        enough = [levels for levels in codes if levels >= least]
+        is_step = len(hidden) == len(self.past_hidden)
         if not enough or not is_step or asked.tree or asked.drawn or not self._is_warm(positions):
             return None
-        tokens, self.past_hidden, self.past_following = codes[min(enough)](
-            *self.step_inputs(hidden, positions, following, last, asked.chances)
+        levels = min(enough)
+        tokens, self.past_hidden, self.past_following = codes[levels](
+            *self.step_inputs(levels, hidden, positions, following, last, asked.chances)
         )
         return tokens
 
@@ -190,13 +191,19 @@ class HeadDrafter:
         return not self.heads.lookback or bool((self.has_past | (positions[:, 0] < 0)).all())
 
     def step_inputs(
-        self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, chances: Chances | None = None
+        self,
+        levels: int,
+        hidden: Tensor,
+        positions: Tensor,
+        following: Tensor,
+        last: Tensor,
+        chances: Chances | None = None,
     ) -> tuple:
-        """What `Draft`, or with noise `NoisyDraft`, takes for a step of all rows [B, W], W at most n.
+        """What `Draft`, or with noise `NoisyDraft`, takes to make so many drafts after a step of all rows [B, W].
 
-        A step with fewer drafts is one whose last drafts were rejected.
+        W is at most levels + 1; a step with fewer drafts is one whose last drafts were rejected.
         """
-        missing = self.heads.n - hidden.shape[1]
+        missing = levels + 1 - hidden.shape[1]
         hidden, following = F.pad(hidden, (0, 0, 0, missing)), F.pad(following, (0, missing))
         positions = F.pad(positions, (0, missing), value=-1)
         buffers = [pair for cache in self.caches for pair in cache.buffers] + self._read()
