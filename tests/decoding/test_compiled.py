@@ -56,7 +56,7 @@ def test_compiled_sampling_and_depths_give_the_eager_text(trained_host, cache):
     prompts = [made_up_text(1, length, seed=length)[0].tolist() for length in (5, 9, 40)]
     engine = model.engine(rows=2, depth="auto", stop_tokens=[]).compile(sampling=True)
     assert engine.code and engine.code.depths == (0, 1, 3) and len(engine.code.score) == len(engine.code.verify)
-    assert set(engine.code.noisy_drafts) == {1, 3}
+    assert set(engine.code.noisy_drafts) == {1, 3} and engine.code.draw is not None
     for settings in ({}, {"temperature": 1.0, "top_k": 20}, {"repetition_penalty": 1.3}):
         sampling = nextn.Sampling(**settings, seed=2)
         expected = dict(model.engine(heads=1, stop_tokens=[]).generate(prompts, 24, sampling=sampling))

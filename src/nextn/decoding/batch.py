@@ -65,6 +65,7 @@ class Batch:
         lengths: how many tokens of each row the cache holds [B].
         fresh: the last step, where the drafter has not seen its states yet.
         verify, score: the step, `Verify` and `Score` or what they were compiled to.
+        draw: what `Draw` was compiled to, if it was.
         padding: places of a plain step that hold no token; some machines are faster so.
         turn: another object whenever a batch began.
         seconds: time spent in `prefill`, `verify` (the trunk's forward and what stands of the drafts) and `draft`.
@@ -81,6 +82,7 @@ class Batch:
         self.verify: Callable[..., Any] = Verify(trunk, self.tap)
         self.score: Callable[..., Any] = Score(trunk, self.tap)
         self.score_tree = ScoreTree(trunk, self.tap)
+        self.draw: Callable[..., Any] | None = None
         self.seconds: dict[str, float] = defaultdict(float)
         self.slots: list[Row | None] = []
         self.keep_scores = False
@@ -191,7 +193,7 @@ class Batch:
         members = [row for slot in slots if (row := self.slots[slot]) is not None]
         logits = self.trunk.logits(hidden)[:, None]
         at = torch.tensor([[row.length] for row in members], device=hidden.device)
-        targets, scores = choose(members, logits, at, [[[]]] * len(slots))
+        targets, scores = choose(members, logits, at, [[[]]] * len(slots), self.draw)
         self.pending[slots], self.lengths[slots] = targets[:, 0], at[:, 0]
         for place, (row, token) in enumerate(zip(members, targets[:, 0].tolist(), strict=True)):
             if not row.result.finish:
@@ -251,7 +253,7 @@ class Batch:
         branches: list[list[list[int]]] = []
         if any(row is not None and row.sampling.reads_text for row in self.slots):
             branches = [[row[:place] for place in range(width)] for row in tokens.clamp(min=0).tolist()]
-        run, scores = choose(self.slots, logits, at, branches)
+        run, scores = choose(self.slots, logits, at, branches, self.draw)
         accepted = accept_greedy(tokens, run)
         if width > 1:
             reject(self.slots, drafts, scores, run, accepted)
@@ -266,7 +268,7 @@ class Batch:
         inputs = self.inputs(drafts.tokens)
         logits, tapped, positions = self.score_tree(tokens, depths, sees, *inputs[2:])
         paths = self._paths(tokens, sees) if any(row and row.sampling.reads_text for row in self.slots) else []
-        targets, scores = choose(self.slots, logits, self.lengths[:, None] + 1 + depths, paths)
+        targets, scores = choose(self.slots, logits, self.lengths[:, None] + 1 + depths, paths, self.draw)
         accepted, path = follow(tokens, parents, depths, targets, self.n - 1)
         steps = torch.arange(self.n, device=path.device)
         path = torch.where(steps <= accepted[:, None], path, 0)

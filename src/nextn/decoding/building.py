@@ -14,6 +14,7 @@ import torch
 
 from nextn.config import cache_directory
 from nextn.decoding.batch import Step
+from nextn.decoding.choosing import Draw
 from nextn.decoding.compiled import Progress, compiled, key, machine_name, recall, remember
 from nextn.decoding.drafting import Asked, Codes, Draft, Drafts, HeadDrafter, NoisyDraft
 from nextn.decoding.pace import TREE, Profile
@@ -39,6 +40,7 @@ class Code:
     depths: for how many drafts a row there is code.
     verify, score: what `Verify` and `Score` compute, by the width of `drafts`, padding included.
     padding: see `Batch`.
+    draw: what `Draw` computes, on a CPU; for chance.
     drafts, noisy_drafts: what `Draft` and `NoisyDraft` compute, by how many drafts they make; noisy ones for chance.
     """
 
@@ -46,6 +48,7 @@ class Code:
     verify: dict[int, Callable[..., Any]]
     padding: int = 0
     score: dict[int, Callable[..., Any]] = field(default_factory=dict)
+    draw: Callable[..., Any] | None = None
     drafts: Codes = field(default_factory=dict)
     noisy_drafts: Codes = field(default_factory=dict)
 
@@ -63,7 +66,7 @@ def build(engine: Engine, progress: Progress, sampling: bool) -> Code:
     # What scores can also judge, in a call or two more: less to compile than another trunk with the judging in it.
     code = Code(tuple(depths), {width: _judging(step) for width, step in steps.items()} if sampling else steps, padding)
     if sampling:
-        code = replace(code, score=steps)
+        code = replace(code, score=steps, draw=_draw(engine, progress))
     if not full or not isinstance(engine.drafter, HeadDrafter):
         return code
     targets, accepted, _, _, tapped, positions = code.verify[full](*example(engine, full))
@@ -111,6 +114,14 @@ def _plain_step(engine: Engine, module: type[Score], progress: Progress) -> tupl
     choice = int(padded < bare)
     remember(note, paddings[choice])
     return codes[choice], paddings[choice]
+
+
+def _draw(engine: Engine, progress: Progress) -> Callable[..., Any] | None:
+    if engine.trunk.device.type == "cuda":  # where all vocabularies at once take one launch an operation
+        return None
+    inputs = torch.zeros(engine.trunk.vocab_size), torch.zeros((), dtype=torch.long)
+    code = compiled(Draw(), inputs, progress)
+    return lambda scores, key: code(scores, key)[0]
 
 
 def _judging(score: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nextn.decoding.drafting import Asked, Drafts
 from nextn.decoding.rows import Row
@@ -20,12 +20,29 @@ ROUND = 256  # more than any number of drafts: (position, draft) as one number
 Between = Sequence[Sequence[Sequence[int]]]
 
 
-def choose(rows: Sequence[Row | None], logits: Tensor, at: Tensor, branches: Between) -> tuple[Tensor, Tensor]:
+class Draw(nn.Module):
+    """The token [] that the noise of a key [] draws from scores [V].
+
+    Some fifty operations on a vocabulary: worth compiling into one loop.
+    """
+
+    def forward(self, scores: Tensor, key: Tensor) -> Tensor:
+        return chosen(scores + gumbel(key, torch.arange(scores.shape[-1], device=scores.device)))
+
+
+def choose(
+    rows: Sequence[Row | None],
+    logits: Tensor,
+    at: Tensor,
+    branches: Between,
+    draw: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """The trunk's choices [B, W] from logits [B, W, V], and the scores that they were made by.
 
     Args:
         at: the places in the text of the tokens that are chosen [B, W].
         branches: see `scores_of`.
+        draw: what `Draw` was compiled to, if it was.
     """
     scores = scores_of(rows, logits, branches)
     # What rejection decides over the drafts of needs no noise here.
@@ -34,7 +51,20 @@ def choose(rows: Sequence[Row | None], logits: Tensor, at: Tensor, branches: Bet
     ]
     if not any(drawing):
         return chosen(scores), scores
-    return chosen(_with_noise(scores, keys(_seeds(rows, at.device), at), drawing)), scores
+    return _drawn(scores, keys(_seeds(rows, at.device), at), drawing, draw), scores
+
+
+def _drawn(
+    scores: Tensor, key: Tensor, drawing: Sequence[bool], draw: Callable[[Tensor, Tensor], Tensor] | None
+) -> Tensor:
+    """Tokens [B, W] by scores [B, W, V] and the noise of keys [B, W]; the best ones where a row does not draw."""
+    if draw is None:
+        return chosen(_with_noise(scores, key, drawing))
+    tokens = torch.empty_like(key) if all(drawing) else chosen(scores)
+    for row, draws in enumerate(drawing):
+        for place in range(key.shape[1] if draws else 0):
+            tokens[row, place] = draw(scores[row, place], key[row, place])
+    return tokens
 
 
 def _with_noise(scores: Tensor, key: Tensor, drawing: Sequence[bool]) -> Tensor:

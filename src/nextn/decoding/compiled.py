@@ -56,8 +56,9 @@ def compiled(module: nn.Module, inputs: tuple[Any, ...], progress: Progress = on
     """The same function as `module`, compiled, for inputs of these shapes; compiled once a machine.
 
     Args:
-        module: `Verify` or `Draft`. Its weights must not change afterwards; what is compiled holds its own copy.
-        inputs: an example; the last two are `seen` [S] and `buffers`, pairs of [B, H, C, Dk], whose S and C may vary.
+        module: `Verify`, `Draft`, `Draw`. Its weights must not change afterwards; what is compiled holds its own copy.
+        inputs: an example; where caches are read the last two are `seen` [S] and `buffers`, pairs of [B, H, C, Dk],
+            whose S and C may vary.
         progress: shown while it compiles; called with a message, gives a context.
 
     Raises:
@@ -89,9 +90,10 @@ def package_directory() -> Path:
 
 def _build(module: nn.Module, inputs: tuple[Any, ...], path: Path) -> None:
     """Export, compile, and put the package in its place in one move."""
-    *fixed, _seen, buffers = inputs
+    fixed, buffers = _parts(inputs)
     slots, capacity = torch.export.Dim("S", min=2), torch.export.Dim("C", min=2)
-    shapes = (*[None] * len(fixed), {0: slots}, [({2: capacity}, {2: capacity})] * len(buffers))
+    of_caches = ({0: slots}, [({2: capacity}, {2: capacity})] * len(buffers)) if buffers else ()
+    shapes = (*[None] * len(fixed), *of_caches)
     options = _GPU if inputs[0].device.type == "cuda" else _CPU
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / "made.pt2"
@@ -102,6 +104,11 @@ def _build(module: nn.Module, inputs: tuple[Any, ...], path: Path) -> None:
         except Exception as error:  # export and compilers raise whatever they like; all of it means the same here
             raise CompileError(f"{type(module).__name__} cannot be compiled: {_first_line(error)}") from error
         made.rename(path)
+
+
+def _parts(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The inputs of fixed shapes, and the buffers of the caches, if any."""
+    return (inputs[:-2], inputs[-1]) if isinstance(inputs[-1], list) else (inputs, [])
 
 
 def _load(path: Path, on_gpu: bool) -> Any:
@@ -119,6 +126,8 @@ def _flat(package: Any) -> Callable[..., Any]:
     """The loaded code takes a flat list; flattening by hand spares 0.2 ms a step of what its own wrapper takes."""
 
     def call(*inputs: Any) -> Any:
+        if not isinstance(inputs[-1], list):
+            return package.loader.run(list(inputs))
         *tensors, buffers = inputs
         return package.loader.run([*tensors, *(part for pair in buffers for part in pair)])
 
@@ -129,20 +138,20 @@ def key(module: nn.Module, inputs: tuple[Any, ...]) -> str:
     """A digest of all that the compiled code depends on: code, config, weights, shapes, versions, machine."""
     digest = hashlib.sha256()
     house = Path(nextn.config.__file__).parent
-    decoding = [f"decoding/{name}.py" for name in ("compiled", "verify", "drafting", "sampling", "tree")]
+    decoding = [f"decoding/{name}.py" for name in ("compiled", "verify", "drafting", "sampling", "choosing", "tree")]
     for part in ("trunk.py", "output.py", "heads/*.py", *decoding):
         for path in sorted(house.glob(part)):
             digest.update(path.read_bytes())
-    trunk: Any = module.trunk
+    trunk: Any = getattr(module, "trunk", None)
     digest.update(f"{torch.__version__} {transformers.__version__} {machine_name(inputs[0].device)}".encode())
-    digest.update(trunk.settings().encode())
+    digest.update(trunk.settings().encode() if trunk else b"")
     for name, part in module.named_modules():
         digest.update(f"{name} {type(part).__name__} {_plain_attributes(part)}".encode())
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         stored: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         digest.update(stored)
-    *fixed, _seen, buffers = inputs
+    fixed, buffers = _parts(inputs)
     shapes = [tuple(tensor.shape) for tensor in fixed]
     layers = [(*pair[0].shape[:2], pair[0].shape[3], pair[1].shape[3], pair[0].dtype) for pair in buffers]
     digest.update(f"{shapes} {layers}".encode())

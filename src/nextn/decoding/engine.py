@@ -119,7 +119,7 @@ class Engine(Batch):
 
     def use(self, code: Code) -> Engine:
         """Run the step as machine code that an engine like this one was compiled to."""
-        self.code, self.padding = code, code.padding
+        self.code, self.padding, self.draw = code, code.padding, code.draw
         self.paces = {}  # what steps took so far is of no use
         self.verify, self.score = _by_width(code.verify, self._eager[0]), _by_width(code.score, self._eager[1])
         if isinstance(self.drafter, HeadDrafter):
