@@ -16,6 +16,7 @@ from nextn.decoding.engine import Engine
 from nextn.decoding.pace import Profile
 from nextn.decoding.sampling import Sampling, SamplingError, gumbel, keys, uniform
 from nextn.decoding.tree import Tree
+from nextn.decoding.verify import Draw
 
 PROMPT = made_up_text(1, 9, seed=77)[0].tolist()
 
@@ -149,9 +150,8 @@ def test_noise_is_the_same_for_few_and_for_all_tokens(monkeypatch):
     found = []
     for few in (0.0, 1.1):
         monkeypatch.setattr(choosing, "FEW", few)
-        found.append(choosing._drawn(scores, key, drawing, None))
-    found.append(choosing._drawn(scores, key, drawing, choosing.Draw()))
-    assert all(torch.equal(found[0], each) for each in found) and found[0][2, 2] == -1
+        found.append(choosing._drawn(scores, key, drawing, Draw()))
+    assert torch.equal(*found) and found[0][2, 2] == -1
     assert torch.equal(found[0][1], scores[1].argmax(-1)) and not torch.equal(found[0][0], scores[0].argmax(-1))
 
 

@@ -24,6 +24,7 @@ from nextn.decoding.drafting import Asked, Drafter, Drafts, HeadDrafter
 from nextn.decoding.rows import DecodingError, Held, Row, Run
 from nextn.decoding.tree import Tree
 from nextn.decoding.verify import (
+    Draw,
     Score,
     ScoreTree,
     Verify,
@@ -64,8 +65,7 @@ class Batch:
         pending: the newest token of each row [B], not yet read by the trunk.
         lengths: how many tokens of each row the cache holds [B].
         fresh: the last step, where the drafter has not seen its states yet.
-        verify, score: the step, `Verify` and `Score` or what they were compiled to.
-        draw: what `Draw` was compiled to, if it was.
+        verify, score, draw: the step, `Verify`, `Score` and `Draw` or what they were compiled to.
         padding: places of a plain step that hold no token; some machines are faster so.
         turn: another object whenever a batch began.
         seconds: time spent in `prefill`, `verify` (the trunk's forward and what stands of the drafts) and `draft`.
@@ -82,7 +82,7 @@ class Batch:
         self.verify: Callable[..., Any] = Verify(trunk, self.tap)
         self.score: Callable[..., Any] = Score(trunk, self.tap)
         self.score_tree = ScoreTree(trunk, self.tap)
-        self.draw: Callable[..., Any] | None = None
+        self.draw: Callable[..., Any] = Draw()
         self.seconds: dict[str, float] = defaultdict(float)
         self.slots: list[Row | None] = []
         self.keep_scores = False
@@ -375,7 +375,7 @@ class Batch:
             while (length := len(row.unread[0])) > part:
                 self._show([(slot, row)], leave=max(part, length - chunk))
         if isinstance(self.drafter, HeadDrafter) and self.drafter.compiled:  # which takes the states of one step
-            step = 1 + (wanted.levels or self.n - 1)
+            step = 1 + max(self.drafter.compiled)
             self._show([(slot, row) for slot, row in members if len(row.unread[0]) > step], leave=step)
         return self.drafter.propose(
             *self._window(active, [row.unread[0] for _, row in members]),

@@ -14,14 +14,13 @@ import torch
 
 from nextn.config import cache_directory
 from nextn.decoding.batch import Step
-from nextn.decoding.choosing import Draw
 from nextn.decoding.compiled import Progress, compiled, key, machine_name, recall, remember
 from nextn.decoding.drafting import Asked, Codes, Draft, Drafts, HeadDrafter, NoisyDraft
 from nextn.decoding.pace import TREE, Profile
 from nextn.decoding.rows import DecodingError, Generation, Row
 from nextn.decoding.sampling import GREEDY, Sampling
 from nextn.decoding.tree import Chances
-from nextn.decoding.verify import Score, Verify, judged
+from nextn.decoding.verify import Draw, Score, Verify, judged
 
 if TYPE_CHECKING:
     from nextn.decoding.engine import Engine
@@ -30,6 +29,7 @@ PADDING = 3  # 4 tokens a step: what small matrix kernels take at once on some C
 # How often each kind of step is timed at most, and until how many seconds have passed: with a quarter of them what a
 # draft takes over a plain step came out as 1.16 to 1.43, by turns.
 TURNS, LONGEST = 32, 4.0
+METHOD = 2  # another number where steps changed so much, or how they are timed, that profiles which were kept are off
 DRAWN = -2  # beside TREE: a plain step whose tokens are drawn
 
 
@@ -40,7 +40,7 @@ class Code:
     depths: for how many drafts a row there is code.
     verify, score: what `Verify` and `Score` compute, by the width of `drafts`, padding included.
     padding: see `Batch`.
-    draw: what `Draw` computes, on a CPU; for chance.
+    draw: what `Draw` computes; for chance, on a CPU.
     drafts, noisy_drafts: what `Draft` and `NoisyDraft` compute, by how many drafts they make; noisy ones for chance.
     """
 
@@ -48,7 +48,7 @@ class Code:
     verify: dict[int, Callable[..., Any]]
     padding: int = 0
     score: dict[int, Callable[..., Any]] = field(default_factory=dict)
-    draw: Callable[..., Any] | None = None
+    draw: Callable[..., Any] = field(default_factory=Draw)
     drafts: Codes = field(default_factory=dict)
     noisy_drafts: Codes = field(default_factory=dict)
 
@@ -116,9 +116,9 @@ def _plain_step(engine: Engine, module: type[Score], progress: Progress) -> tupl
     return codes[choice], paddings[choice]
 
 
-def _draw(engine: Engine, progress: Progress) -> Callable[..., Any] | None:
-    if engine.trunk.device.type == "cuda":  # where all vocabularies at once take one launch an operation
-        return None
+def _draw(engine: Engine, progress: Progress) -> Callable[..., Any]:
+    if engine.trunk.device.type != "cpu":  # where all vocabularies at once take one launch an operation
+        return Draw()
     inputs = torch.zeros(engine.trunk.vocab_size), torch.zeros((), dtype=torch.long)
     code = compiled(Draw(), inputs, progress)
     return lambda scores, key: code(scores, key)[0]
@@ -210,7 +210,7 @@ def _profile_name(engine: Engine, rows: int) -> str:
     )  # fmt: skip
     code = engine.code and (engine.code.depths, bool(engine.code.score))
     parts = (
-        engine.trunk.settings(), engine.trunk.dtype, rows, of_heads, engine.tree, code, torch.__version__,
+        METHOD, engine.trunk.settings(), engine.trunk.dtype, rows, of_heads, engine.tree, code, torch.__version__,
         machine_name(engine.trunk.device),
     )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nextn.decoding.drafting import Asked, Drafts
 from nextn.decoding.rows import Row
@@ -20,29 +20,19 @@ ROUND = 256  # more than any number of drafts: (position, draft) as one number
 Between = Sequence[Sequence[Sequence[int]]]
 
 
-class Draw(nn.Module):
-    """The token [] that the noise of a key [] draws from scores [V].
-
-    Some fifty operations on a vocabulary: worth compiling into one loop.
-    """
-
-    def forward(self, scores: Tensor, key: Tensor) -> Tensor:
-        return chosen(scores + gumbel(key, torch.arange(scores.shape[-1], device=scores.device)))
-
-
 def choose(
     rows: Sequence[Row | None],
     logits: Tensor,
     at: Tensor,
     branches: Between,
-    draw: Callable[[Tensor, Tensor], Tensor] | None = None,
+    draw: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The trunk's choices [B, W] from logits [B, W, V], and the scores that they were made by.
 
     Args:
         at: the places in the text of the tokens that are chosen [B, W].
         branches: see `scores_of`.
-        draw: what `Draw` was compiled to, if it was.
+        draw: `Draw` or what it was compiled to.
     """
     scores = scores_of(rows, logits, branches)
     # What rejection decides over the drafts of needs no noise here.
@@ -54,35 +44,21 @@ def choose(
     return _drawn(scores, keys(_seeds(rows, at.device), at), drawing, draw), scores
 
 
-def _drawn(
-    scores: Tensor, key: Tensor, drawing: Sequence[bool], draw: Callable[[Tensor, Tensor], Tensor] | None
-) -> Tensor:
+def _drawn(scores: Tensor, key: Tensor, drawing: Sequence[bool], draw: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Tokens [B, W] by scores [B, W, V] and the noise of keys [B, W]; the best ones where a row does not draw."""
-    if draw is None:
-        return chosen(_with_noise(scores, key, drawing))
-    tokens = torch.empty_like(key) if all(drawing) else chosen(scores)
-    for row, draws in enumerate(drawing):
-        for place in range(key.shape[1] if draws else 0):
-            tokens[row, place] = draw(scores[row, place], key[row, place])
-    return tokens
-
-
-def _with_noise(scores: Tensor, key: Tensor, drawing: Sequence[bool]) -> Tensor:
-    """Scores [B, W, V] and the noise of keys [B, W], as far as it matters, for rows that draw their tokens."""
     # Noise lies between -2.9 and 22.2: nothing that is further behind the best token can win.
     likely = scores > scores.amax(dim=-1, keepdim=True) - 25.2
     likely &= torch.tensor(drawing, device=key.device)[:, None, None]
     if scores.is_cuda or int(likely.count_nonzero()) < FEW * likely.numel():
         row, place, token = likely.nonzero(as_tuple=True)
         noise = gumbel(key[row, place], token[:, None])[:, 0]
-        return scores.index_put((row, place, token), noise, accumulate=True)
+        return chosen(scores.index_put((row, place, token), noise, accumulate=True))
     # One vocabulary after the other stays in a CPU's cache, and needs no fresh memory for each operation.
-    noisy, tokens = scores.clone(), torch.arange(scores.shape[-1], device=scores.device)
-    for of_row, keys_of_row, draws in zip(noisy, key, drawing, strict=True):
-        for scores_there, key_there in zip(of_row, keys_of_row, strict=True):
-            if draws:
-                scores_there += gumbel(key_there, tokens)
-    return noisy
+    tokens = torch.empty_like(key) if all(drawing) else chosen(scores)
+    for slot in (slot for slot, draws in enumerate(drawing) if draws):
+        for at in range(key.shape[1]):
+            tokens[slot, at] = draw(scores[slot, at], key[slot, at])
+    return tokens
 
 
 def scores_of(rows: Sequence[Row | None], logits: Tensor, branches: Between) -> Tensor:

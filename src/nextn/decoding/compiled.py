@@ -92,7 +92,7 @@ def _build(module: nn.Module, inputs: tuple[Any, ...], path: Path) -> None:
     """Export, compile, and put the package in its place in one move."""
     fixed, buffers = _parts(inputs)
     slots, capacity = torch.export.Dim("S", min=2), torch.export.Dim("C", min=2)
-    of_caches = ({0: slots}, [({2: capacity}, {2: capacity})] * len(buffers)) if buffers else ()
+    of_caches = () if buffers is None else ({0: slots}, [({2: capacity}, {2: capacity})] * len(buffers))
     shapes = (*[None] * len(fixed), *of_caches)
     options = _GPU if inputs[0].device.type == "cuda" else _CPU
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
@@ -106,9 +106,9 @@ def _build(module: nn.Module, inputs: tuple[Any, ...], path: Path) -> None:
         made.rename(path)
 
 
-def _parts(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[tuple[torch.Tensor, torch.Tensor]]]:
-    """The inputs of fixed shapes, and the buffers of the caches, if any."""
-    return (inputs[:-2], inputs[-1]) if isinstance(inputs[-1], list) else (inputs, [])
+def _parts(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[tuple[torch.Tensor, torch.Tensor]] | None]:
+    """The inputs of fixed shapes, and the buffers of the caches; None for what is not asked to read caches."""
+    return (inputs[:-2], inputs[-1]) if isinstance(inputs[-1], list) else (inputs, None)
 
 
 def _load(path: Path, on_gpu: bool) -> Any:
@@ -138,7 +138,7 @@ def key(module: nn.Module, inputs: tuple[Any, ...]) -> str:
     """A digest of all that the compiled code depends on: code, config, weights, shapes, versions, machine."""
     digest = hashlib.sha256()
     house = Path(nextn.config.__file__).parent
-    decoding = [f"decoding/{name}.py" for name in ("compiled", "verify", "drafting", "sampling", "choosing", "tree")]
+    decoding = [f"decoding/{name}.py" for name in ("compiled", "verify", "drafting", "sampling", "tree")]
     for part in ("trunk.py", "output.py", "heads/*.py", *decoding):
         for path in sorted(house.glob(part)):
             digest.update(path.read_bytes())
@@ -153,7 +153,7 @@ def key(module: nn.Module, inputs: tuple[Any, ...]) -> str:
         digest.update(stored)
     fixed, buffers = _parts(inputs)
     shapes = [tuple(tensor.shape) for tensor in fixed]
-    layers = [(*pair[0].shape[:2], pair[0].shape[3], pair[1].shape[3], pair[0].dtype) for pair in buffers]
+    layers = [(*pair[0].shape[:2], pair[0].shape[3], pair[1].shape[3], pair[0].dtype) for pair in buffers or []]
     digest.update(f"{shapes} {layers}".encode())
     return digest.hexdigest()[:24]
 

@@ -222,10 +222,10 @@ def gumbel(key: Tensor, token_ids: Tensor) -> Tensor:
     `argmax(scores + gumbel)` is a draw from softmax(scores).
     """
     low, high = key.to(torch.int32)[..., None], (key >> 32).to(torch.int32)[..., None]
-    # Multiplied in 64 bits: compilers know the multiples of 0, 1, 2, … in advance, and what they know of those that do
-    # not fit into 32 bits is wrong.
-    spread = ((token_ids.long() * 2654435761) & 0xFFFFFFFF).to(torch.int32)
-    bits = _mix32(_mix32(spread ^ low) ^ high)
+    # A zero that is known at run time only: Inductor folds a constant times an arange into an index expression, and in
+    # 32 bits that overflows.
+    token_ids = token_ids.to(torch.int32) ^ (low & 0)
+    bits = _mix32(_mix32(token_ids * -1640531535 ^ low) ^ high)
     share = ((bits & 0x7FFFFFFF).float() + 0.5) * 2.0**-31  # near 0 where the noise is large: there it is exact
     return -torch.log(-torch.log1p(-share.clamp(max=1 - 2.0**-24)))
 

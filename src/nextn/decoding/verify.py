@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nextn.config import Tap
+from nextn.decoding.sampling import gumbel
 from nextn.output import best
 from nextn.trunk import Branches, RaggedCache, Trunk
 
@@ -94,6 +95,16 @@ def chosen(scores: Tensor) -> Tensor:
     token = best(scores)
     top = scores.gather(-1, token[..., None])[..., 0]
     return torch.where(top.isnan() | (top == -torch.inf), -1, token)
+
+
+class Draw(nn.Module):
+    """The token [] that the noise of a key [] draws from scores [V].
+
+    Some fifty operations on a vocabulary: worth compiling into one loop.
+    """
+
+    def forward(self, scores: Tensor, key: Tensor) -> Tensor:
+        return chosen(scores + gumbel(key, torch.arange(scores.shape[-1], device=scores.device)))
 
 
 class Score(nn.Module):
