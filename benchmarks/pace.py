@@ -83,7 +83,9 @@ class Replay:
         return math.exp(self.drift) * (step * math.exp(noise) + catching_up)
 
 
-def cells(recorded: Recorded, rows: int, step: dict[int, float], seed: int, fixed: int | None) -> Iterator[tuple]:
+def cells(
+    recorded: Recorded, rows: int, step: dict[int, float], seed: int, fixed: int | None, repeats: int
+) -> Iterator[tuple]:
     """(temperature, category, median ratio) of one run through all of them."""
     drawn = random.Random(seed)
     if fixed is None:
@@ -94,10 +96,13 @@ def cells(recorded: Recorded, rows: int, step: dict[int, float], seed: int, fixe
     else:
         replay = Replay(rows, step, lambda *_, **__: fixed, lambda *_: None, drawn)
     for temperature, by_category in recorded.items():
-        for category, texts in by_category.items():
-            batches = [drawn.choices(texts, k=rows) for _ in range(batches_a_category(rows, Sweep.groups))]
-            ratios = [replay.text(batch, temperature != "0") for batch in batches]
-            yield temperature, category, statistics.median(ratios)
+        ratios: dict[str, list[float]] = {category: [] for category in by_category}
+        for _ in range(repeats):
+            for category, texts in by_category.items():
+                batches = [drawn.choices(texts, k=rows) for _ in range(batches_a_category(rows, Sweep.groups))]
+                ratios[category] += [replay.text(batch, temperature != "0") for batch in batches]
+        for category, each in ratios.items():
+            yield temperature, category, statistics.median(each)
 
 
 def record(prompts: Path, console: Console) -> Recorded:
@@ -128,6 +133,7 @@ def main(
     drafts: Annotated[Path, typer.Option(help="What was recorded.")] = RESULTS / "drafts.json",
     times: Annotated[Path, typer.Option(help="What `nextn bench --batch` wrote.")] = RESULTS / "batches.json",
     runs: Annotated[int, typer.Option(help="Through all categories and temperatures.")] = 24,
+    repeats: Annotated[int, typer.Option(help="Through all categories at each temperature, as the bench's.")] = 1,
     constants: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE, of pace.py.")] = None,
 ) -> None:
     console = Console()
@@ -152,7 +158,7 @@ def main(
         for fixed in (None, 1) if 1 in step else (None,):
             found: dict[tuple[str, str], list[float]] = {}
             for seed in range(runs):
-                for temperature, category, ratio in cells(recorded, rows, step, seed, fixed):
+                for temperature, category, ratio in cells(recorded, rows, step, seed, fixed, repeats):
                     found.setdefault((temperature, category), []).append(ratio)
             for temperature in recorded:
                 ratios = [sorted(found[temperature, category]) for category in categories]

@@ -14,6 +14,7 @@ from nextn.config import OutputConfig
 from nextn.decoding import building
 from nextn.decoding.compiled import key
 from nextn.decoding.engine import Engine
+from nextn.decoding.sampling import keys
 from nextn.decoding.verify import Draw, Verify
 from nextn.trunk import Trunk
 
@@ -68,6 +69,20 @@ def test_compiled_sampling_and_depths_give_the_eager_text(trained_host, cache):
                 assert set(engine.steps) == {depth}
                 eager = dict(model.engine(rows=2, depth=depth, stop_tokens=[]).generate(prompts, 24, sampling=sampling))
                 assert [found[row].accepted for row in range(3)] == [eager[row].accepted for row in range(3)]
+    each = [nextn.Sampling(), nextn.Sampling(temperature=1.0, seed=3), nextn.Sampling(temperature=0.7, seed=4)]
+    expected = dict(model.engine(heads=1, stop_tokens=[]).generate(prompts, 24, sampling=each))
+    found = dict(engine.generate(prompts, 24, sampling=each))
+    assert [found[row].tokens for row in range(3)] == [expected[row].tokens for row in range(3)]
+    what_is_drawn_is_the_same(engine.code.draw, model.trunk.vocab_size)
+
+
+def what_is_drawn_is_the_same(draw, vocab_size: int) -> None:
+    scores = torch.randn(200, vocab_size, generator=torch.Generator().manual_seed(0)) * 4
+    scores[:50, ::2], scores[50, 3], scores[51], scores[52, 5] = -torch.inf, torch.nan, -torch.inf, torch.inf
+    key = keys(torch.arange(10), torch.arange(20).expand(10, -1)).flatten()
+    expected = [int(Draw()(*each)) for each in zip(scores, key, strict=True)]
+    assert [int(draw(*each)) for each in zip(scores, key, strict=True)] == expected
+    assert expected[50] == expected[51] == -1 and expected[52] == 5 and all(token % 2 for token in expected[:50])
 
 
 @pytest.mark.slow

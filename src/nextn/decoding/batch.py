@@ -375,7 +375,8 @@ class Batch:
             while (length := len(row.unread[0])) > part:
                 self._show([(slot, row)], leave=max(part, length - chunk))
         if isinstance(self.drafter, HeadDrafter) and self.drafter.compiled:  # which takes the states of one step
-            step = 1 + max(self.drafter.compiled)
+            enough = [levels for levels in self.drafter.compiled if levels >= (wanted.levels or self.n - 1)]
+            step = 1 + min(enough, default=max(self.drafter.compiled))
             self._show([(slot, row) for slot, row in members if len(row.unread[0]) > step], leave=step)
         return self.drafter.propose(
             *self._window(active, [row.unread[0] for _, row in members]),
