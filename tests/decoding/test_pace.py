@@ -240,18 +240,35 @@ def test_drafts_are_tried_again_one_at_first_and_where_a_text_is_long_enough_for
     assert pace.choose([(Tally.empty(3), 100)], behind=True) == 1
 
 
-def test_plain_steps_of_the_same_texts_are_chosen_together_and_a_new_text_is_seen_at_once():
-    for other in (False, True):
-        pace, text = Pace(3, CHEAP), Tally.empty(3)
-        told(pace, [3], 100)
-        for _ in range(300):
-            text.note(3, 0, 1e9)
-        assert not pace.choose([(text, 100)], behind=True)
-        text = Tally.empty(3) if other else text
-        for _ in range(3000):
-            text.note(3, 3, 1e9)
-        chosen = [pace.choose([(text, 100)], behind=True) for _ in range(CHOOSE_EVERY)]
-        assert chosen.index(3) == (0 if other else CHOOSE_EVERY - 2)
+def test_plain_steps_of_the_same_texts_are_chosen_together():
+    pace, text = Pace(3, CHEAP), Tally.empty(3)
+    told(pace, [3], 100)
+    assert not pace.stays_plain()
+    for _ in range(300):
+        text.note(3, 0, 1e9)
+    assert not pace.choose([(text, 100)], behind=True)
+    assert [pace.stays_plain() for _ in range(CHOOSE_EVERY)].index(False) == CHOOSE_EVERY - 2
+    for _ in range(3000):
+        text.note(3, 3, 1e9)
+    assert pace.choose([(text, 100)], behind=True) == 3 and not pace.stays_plain()
+
+
+def test_an_engine_asks_again_when_a_text_comes(trained_model, prompts):
+    asked = []
+
+    class Plain(Pace):
+        def choose(self, texts, *rest):
+            asked.append(len(texts))
+            self._left_plain, self._plain_steps = True, self._plain_steps + 1
+            return 0
+
+    engine = trained_model.engine(rows=2, depth="auto", stop_tokens=[])
+    engine.paces = {2: Plain(engine.n - 1, CHEAP)}
+    found = dict(engine.generate(prompts[:3], [4, 30, 30]))
+    assert asked == [2, 2, 2, 1, 1] and engine.steps == {0: 32}  # at steps 1, 4, 16, 30 and 32
+    assert [found[row].tokens for row in range(3)] == [
+        greedy_reference(trained_model.base, prompt, limit) for prompt, limit in zip(prompts, [4, 30, 30], strict=False)
+    ]
 
 
 def test_where_drafts_bring_as_much_as_they_cost_everything_stays_as_it_is():

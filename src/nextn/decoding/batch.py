@@ -100,6 +100,7 @@ class Batch:
         self.turn = object()
         self.seconds = defaultdict(float)
         self.fresh: Step | None = None
+        self._aside: list[tuple[list[Row | None], Tensor, Tensor]] = []  # rows, states and accepted drafts of steps
         self.all_rows = torch.arange(count, device=device)
         self.lengths = torch.zeros(count, dtype=torch.long, device=device)
         self.pending = torch.zeros(count, dtype=torch.long, device=device)
@@ -121,6 +122,7 @@ class Batch:
         """A row is done; its slot is free, and remembers what the cache holds of the text."""
         if self.keep and self.drafter:
             self.set_aside()
+        self.hand_out()
         self.slots[slot] = None
         self._held[slot] = Held(row.text[:-1], row.read, row.unread)
         if row.result.finish == "error":  # what is not a number must not reach whoever comes next
@@ -315,11 +317,13 @@ class Batch:
     @property
     def is_fresh(self) -> bool:
         """Whether the drafter has yet to see the last step alone."""
+        self.hand_out()
         return self.fresh is not None and not any(row.unread for row in self.slots if row is not None)
 
     @property
     def is_behind(self) -> bool:
         """Whether the drafter has yet to see so much of a text that it takes time: more than two rounds of drafts."""
+        self.hand_out()
         return any(
             len(row.unread) > 2 * self.n or sum(map(len, row.unread)) > 2 * self.n
             for row in self.slots
@@ -346,6 +350,7 @@ class Batch:
             drafts = _fits(partial(self.drafter.propose, *states, self.all_rows, what))
         else:
             self.set_aside()
+            self.hand_out()
             chunks = (self.chunk, max(8, self.chunk // 16))
             found = (_fits(partial(self._draft_after, active, chunk, wanted)) for chunk in chunks)
             first = next((each for each in found if each is not None), None)
@@ -428,14 +433,21 @@ class Batch:
         return pad_sequence(states, batch_first=True), positions, following, counts - 1, rows
 
     def set_aside(self) -> None:
-        """The states of the last step go to their rows, for later."""
-        if self.fresh is None:
-            return
-        tapped = self.fresh.tapped.clone()  # machine code may write there again
-        for slot, (row, count) in enumerate(zip(self.slots, self.fresh.accepted.tolist(), strict=True)):
-            if row is not None and row is self.fresh.rows[slot]:  # another one has states of its own already
-                row.unread.append(tapped[slot, : count + 1])
-        self.fresh = None
+        """The states of the last step are kept for later; what comes at every plain step does as little as it can."""
+        if self.fresh is not None:
+            kept = self.fresh.tapped, self.fresh.accepted
+            if self.fresh.tapped.is_cuda:  # a graph writes there again
+                kept = kept[0].clone(), kept[1].clone()
+            self._aside.append((self.fresh.rows, *kept))
+            self.fresh = None
+
+    def hand_out(self) -> None:
+        """What was set aside goes to its rows."""
+        for rows, tapped, accepted in self._aside:
+            for slot, (row, count) in enumerate(zip(rows, accepted.tolist(), strict=True)):
+                if row is not None and row is self.slots[slot]:  # another one has states of its own already
+                    row.unread.append(tapped[slot, : count + 1])
+        self._aside = []
 
 
 def _fits(work: Callable[[], Any]) -> Any:

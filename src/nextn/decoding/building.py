@@ -170,6 +170,7 @@ def measure(engine: Engine, rows: int) -> Profile:
     def seconds(choice: int, wanted: Asked | None) -> float:
         engine.lengths, engine.pending = lengths, pending
         engine.fresh = before[max(widths) if choice == TREE else max(0, choice)]
+        engine.hand_out()  # and then no row has anything to catch up with
         for row in engine.slots:
             if row is not None:
                 row.unread = []

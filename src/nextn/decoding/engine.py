@@ -91,6 +91,7 @@ class Engine(Batch):
         self._cancelled: set[int] = set()
         self._in_step = False
         self._plain_ahead = 0  # so many steps from here on read no drafts
+        self._same_texts = False  # as when the pace was last asked
 
     # --- machine code -----------------------------------------------------------------------------------------
 
@@ -242,7 +243,7 @@ class Engine(Batch):
         waiting = deque(row for row in rows if row.limit)
         self.begin(rows, count, goes_on=self.keep)
         turn = self.turn
-        self.steps, self._plain_ahead = Counter(), 0
+        self.steps, self._plain_ahead, self._same_texts = Counter(), 0, False
         self.keep_scores = keep_scores
         finished = [row for row in rows if not row.limit]
         for row in finished:
@@ -263,6 +264,7 @@ class Engine(Batch):
         self._in_step = True
         try:
             if waiting and not all(self.slots):
+                self._same_texts = False
                 with self.clock("prefill"):
                     self.admit(waiting)
             elif any(self.slots):
@@ -288,6 +290,7 @@ class Engine(Batch):
         """The rows that are done leave."""
         done = [(slot, row) for slot, row in enumerate(self.slots) if row is not None and row.result.finish]
         for slot, row in done:
+            self._same_texts = False
             self.leave(slot, row)
         return [row for _, row in done]
 
@@ -308,8 +311,7 @@ class Engine(Batch):
     def _step(self, waiting: bool) -> None:
         """Drafts, one trunk forward over the pending token and the drafts of every row, and what stands of them."""
         kind = "greedy" if self.is_greedy() else "scores"
-        behind = self.is_behind
-        choice = self._drafts_to_read(kind, waiting, behind)
+        choice, behind = self._drafts_to_read(kind, waiting)
         begun = time.perf_counter()
         before = self.pending, self.lengths
         wanted = None
@@ -349,15 +351,19 @@ class Engine(Batch):
         self.cache.clear(slot, int(before[1][slot]))
         self._plain_ahead = max(1, self._plain_ahead)
 
-    def _drafts_to_read(self, kind: str, waiting: bool, behind: bool) -> int:
+    def _drafts_to_read(self, kind: str, waiting: bool) -> tuple[int, bool]:
+        """How many, 0 or TREE; and whether the drafter must catch up before, where that makes a difference."""
         if self.drafter is None or self._plain_ahead:
-            return 0
+            return 0, False
+        if self._same_texts and self.pace.stays_plain():
+            return 0, False
         if any(row is not None and row.sampling.stateful for row in self.slots):
-            return 0
+            return 0, False
         if self.depth == "auto":
+            behind, self._same_texts = self.is_behind, True
             texts = [(row.tally, row.limit - len(row.result.tokens)) for row in self.slots if row is not None]
-            return self.pace.choose(texts, waiting, behind, kind)
-        return TREE if self.tree is not None else int(self.depth)
+            return self.pace.choose(texts, waiting, behind, kind), behind
+        return (TREE if self.tree is not None else int(self.depth)), self.is_behind
 
     def _check(self, prompt: Sequence[int], limit: int) -> None:
         if limit < 0:

@@ -134,7 +134,7 @@ class Pace:
         # What all texts saw, by kind of step: drafts stand less often where tokens are drawn.
         self._seen: dict[str, Tally] = defaultdict(lambda: Tally.empty(self.drafts))
         self._tree_tokens, self._tree_steps = 0.0, 0.0
-        self._left_plain: list[Tally] = []  # of the texts that were last left to plain steps
+        self._left_plain = False  # whether the last choice was to leave texts to plain steps
         # By kind of step: the last ones with their seconds, and by drafts what they took over plain ones.
         self._recent: dict[str, deque[tuple[int, float]]] = {}
         self._over_plain: dict[tuple[str, int], deque[float]] = {}
@@ -170,6 +170,13 @@ class Pace:
             expected += standing
         return expected
 
+    def stays_plain(self) -> bool:
+        """Whether the next step of the same texts is a plain one as the last was; to be asked before `choose`."""
+        if not self._left_plain or not (self._plain_steps + 1) % CHOOSE_EVERY:
+            return False
+        self._plain_steps += 1
+        return True
+
     def choose(
         self, texts: Sequence[tuple[Tally, int]], waiting: bool = False, behind: bool = False, kind: str = "greedy"
     ) -> int:
@@ -182,10 +189,7 @@ class Pace:
             kind: of step, where some take longer than others; of each kind but `greedy`, which is what the profile is
                 of, the first steps are plain.
         """
-        tallies = [tally for tally, _ in texts]
-        if behind and (self._plain_steps + 1) % CHOOSE_EVERY and self._left_plain == tallies:
-            self._plain_steps += 1
-            return 0
+        self._left_plain = False
         self._kind = kind
         if self.profile is not None and kind != "greedy" and len(self._recent.get(kind, ())) < RECENT:
             self._plain_steps, self._streak, self._committed = 0, 0, 0
@@ -197,11 +201,10 @@ class Pace:
             if self._streak and not behind:
                 self._leave(texts)
             self._plain_steps, self._streak, self._committed = self._plain_steps + 1, 0, 0
-            self._left_plain = tallies
             if not self._looks_again(texts, waiting, behind, kind):
+                self._left_plain = behind
                 return 0
             choice = self._fewest
-        self._left_plain = []
         self._committed = math.ceil(COMMITTED / len(texts)) if behind else max(0, self._committed - 1)
         self._plain_steps, self._streak = 0, self._streak + 1
         if self._streak == STEADY:
