@@ -496,6 +496,10 @@ class _Buffer(CacheLayerMixin):
         return self.slots
 
 
+class _Written(Exception):  # noqa: N818 (nothing went wrong)
+    """Keys and values are where they should be, and nothing more is wanted of a layer."""
+
+
 class RaggedCache(Cache):
     """Key and value buffers in which each row stands at its own position.
 
@@ -518,6 +522,7 @@ class RaggedCache(Cache):
         self._at = torch.empty(0)
         self._slots = torch.empty(0)
         self._width = 0
+        self._only_writes = False
 
     @property
     def is_filled(self) -> bool:
@@ -597,7 +602,21 @@ class RaggedCache(Cache):
         layer: Any = self.layers[layer_idx % len(self.layers)]
         if not layer.is_initialized:
             layer.lazy_initialization(key_states, value_states)
-        return self._write(layer.keys, key_states), self._write(layer.values, value_states)
+        seen = self._write(layer.keys, key_states), self._write(layer.values, value_states)
+        if self._only_writes:
+            raise _Written
+        return seen
+
+    @contextmanager
+    def writing_only(self) -> Iterator[None]:
+        """A layer that runs in here ends where its keys and values are written; what follows would be for nothing."""
+        self._only_writes = True
+        try:
+            yield
+        except _Written:
+            pass
+        finally:
+            self._only_writes = False
 
     def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
         buffer[self._at, :, self._slots] = states.transpose(1, 2)  # [B, H, T, Dk] -> [B, T, H, Dk]

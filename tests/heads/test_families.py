@@ -131,6 +131,10 @@ def test_drafts_are_what_training_says_at_that_position(family, kind):
             caches = [RaggedCache(1, 1, 64) for _ in range(heads.cache_count)]
             caches += [RaggedCache.over([cache.buffers[layer]], torch.arange(64)) for layer in heads.reads]
             first = heads.draft(trunk, window, caches, None, BestTokens(levels=1))
+            own, theirs = caches[: heads.cache_count], caches[heads.cache_count :]
+            seen = [RaggedCache(1, 1, 64) for _ in own]
+            heads.remember(trunk, window, seen + theirs, None)
+            torch.testing.assert_close([each.buffers for each in seen], [each.buffers for each in own], rtol=0, atol=0)
             drafts = heads.draft(trunk, window, caches, None)
             assert torch.equal(first, drafts[:, : first.shape[1]])  # modules that must see all positions make all
             assert first.shape[1] == (n - 1 if model.multi_token.kind == "distinct" else 1)

@@ -394,7 +394,7 @@ class Batch:
         if not members:
             return
         states = [row.unread[0][:-leave] for _, row in members]
-        self.drafter.propose(*self._window([slot for slot, _ in members], states), Asked(levels=1))
+        self.drafter.propose(*self._window([slot for slot, _ in members], states), Asked(levels=0))
         for (_, row), seen in zip(members, states, strict=True):
             row.unread, row.read = [row.unread[0][len(seen) :]], row.read + len(seen)
 

@@ -69,7 +69,7 @@ class Asked:
     chances: the noise; None for the best tokens.
     drawn: whether the probabilities are wanted from which the noise drew.
     tree: None for a chain.
-    levels: how many drafts of a chain are used, from 1; None for all. A drafter may make more.
+    levels: how many drafts of a chain are used; None for all. A drafter may make more. 0: it only sees the states.
     """
 
     chances: Chances | None = None
@@ -148,8 +148,12 @@ class HeadDrafter:
         past = self.past_hidden[rows], self.past_following[rows]
         window = with_past(*past, hidden.to(self.dtype), positions, following, last, self.has_past[rows])
         read = [RaggedCache.over([pair], self._seen(positions)) for pair in self._read()]
-        growth = self._growth(asked, len(rows))
-        tokens = self.heads.draft(self.trunk, window, self.caches + read, some, growth)
+        if asked.levels == 0:
+            self.heads.remember(self.trunk, window, self.caches + read, some)
+            growth, tokens = None, following[:, :0]
+        else:
+            growth = self._growth(asked, len(rows))
+            tokens = self.heads.draft(self.trunk, window, self.caches + read, some, growth)
         self.past_hidden[rows], self.past_following[rows] = newest_past(window, self.heads.lookback)
         self.has_past[rows] = True
         if isinstance(growth, TreeGrowth):
@@ -172,6 +176,8 @@ class HeadDrafter:
         self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, asked: Asked
     ) -> Tensor | None:
         """Drafts of one step of all rows; None where that is not what is asked, or not compiled."""
+        if asked.levels == 0:
+            return None
         codes = self.compiled if asked.chances is None else self.compiled_noisy
         least = max(asked.levels or self.drafts, hidden.shape[1] - 1)
         enough = [levels for levels in codes if levels >= least]

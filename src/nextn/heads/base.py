@@ -213,6 +213,10 @@ class Heads(nn.Module, ABC):
         self._grow(trunk, window, caches, rows, chosen)
         return chosen.drafts()
 
+    def remember(self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None) -> None:
+        """See states without drafting: write into `caches` what `draft` would."""
+        self._grow(trunk, window, caches, rows, BestTokens(levels=1))
+
     def _last(self, growth: Growth) -> int:
         """The last depth k that is asked for."""
         return self.n if growth.levels is None else growth.levels + 1

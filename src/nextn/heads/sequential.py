@@ -209,6 +209,12 @@ class RecurrentHeads(Heads):
 
         return visible
 
+    def remember(self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None) -> None:
+        (cache,) = caches
+        visible = cache.place(window.positions, rows)
+        with cache.writing_only():
+            self.step(trunk, window.following, self.read(window.hidden), window.positions, visible, cache)
+
     def _grow(
         self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None, growth: Growth
     ) -> None:
