@@ -36,9 +36,9 @@ RESULTS = Path(__file__).parent / "results"
 TEXTS, TEMPERATURES = 12, (0.0, 0.7, 1.0)  # recorded texts a category, at each of them
 NEW_TOKENS = 64
 PROMPT = 100  # tokens, as long as those of the bench on the average
-READING, CATCHING_UP = 2.5e-3, (4e-3, 0.12e-3)  # seconds a token of a prompt; of the heads: fixed, and a token
+READING, CATCHING_UP = 2.5e-3, (2e-3, 0.03e-3)  # seconds a token of a prompt; of the heads: fixed, and a token
 NOISE, DRIFT, MEMORY = 0.05, 0.02, 50  # of each step's time; of the machine's, a step, and for how many steps it lasts
-DRAWING = 2.1e-3  # seconds a token that is drawn takes more
+DRAWING = 1.3e-3  # seconds a token that is drawn takes more
 MEASURED = 0.04  # how wrong the profile's times are
 
 Recorded = dict[str, dict[str, list[list[int]]]]  # by temperature and category: of each text, drafts that stood by step
