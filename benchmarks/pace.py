@@ -51,6 +51,7 @@ class Replay:
     rows: int
     step: dict[int, float]
     choose: Callable[..., int]
+    stays_plain: Callable[[], bool]
     note: Callable[..., None]
     random: random.Random
     drift: float = 0.0
@@ -61,9 +62,13 @@ class Replay:
         left, tallies = [NEW_TOKENS - 1] * self.rows, [Tally.empty(max(self.step)) for _ in recorded]
         prefill = self.rows * PROMPT * READING
         seconds, unseen = prefill, self.rows * PROMPT
+        chosen_for: list[int] = []
         while active := [row for row in range(self.rows) if left[row] > 0]:
             behind = unseen > 2 * (1 + max(self.step)) * len(active)  # as `Batch.is_behind`
-            choice = self.choose([(tallies[row], left[row]) for row in active], behind=behind, kind=kind)
+            choice = 0
+            if active != chosen_for or not self.stays_plain():
+                choice = self.choose([(tallies[row], left[row]) for row in active], behind=behind, kind=kind)
+            chosen_for = active
             took = self._seconds(self.step[choice] + drawing * (1 + choice), unseen if choice and behind else 0)
             stood = [min(choice, self.random.choice(recorded[row])) for row in active]
             self.note(
@@ -92,9 +97,9 @@ def cells(
         wrong = {drafts: seconds * math.exp(drawn.gauss(0, MEASURED)) for drafts, seconds in step.items()}
         drawing = DRAWING * rows * math.exp(drawn.gauss(0, MEASURED))
         pace = Pace(max(step), Profile(wrong, drawn=wrong[0] + drawing))
-        replay = Replay(rows, step, pace.choose, pace.note, drawn)
+        replay = Replay(rows, step, pace.choose, pace.stays_plain, pace.note, drawn)
     else:
-        replay = Replay(rows, step, lambda *_, **__: fixed, lambda *_: None, drawn)
+        replay = Replay(rows, step, lambda *_, **__: fixed, lambda: False, lambda *_: None, drawn)
     for temperature, by_category in recorded.items():
         ratios: dict[str, list[float]] = {category: [] for category in by_category}
         for _ in range(repeats):

@@ -436,7 +436,8 @@ class Batch:
         """The states of the last step are kept for later; what comes at every plain step does as little as it can."""
         if self.fresh is not None:
             kept = self.fresh.tapped, self.fresh.accepted
-            if self.fresh.tapped.is_cuda:  # a graph writes there again
+            # A graph writes there again; a padded step's states are a part of more.
+            if self.fresh.tapped.is_cuda or self.padding:
                 kept = kept[0].clone(), kept[1].clone()
             self._aside.append((self.fresh.rows, *kept))
             self.fresh = None

@@ -304,6 +304,7 @@ class Engine(Batch):
         for row in left:
             row.result.finish = "cancelled"
             waiting.remove(row)
+            self._same_texts = False
         return left
 
     # --- a step -----------------------------------------------------------------------------------------------
