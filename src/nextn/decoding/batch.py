@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nextn.config import Tap
 from nextn.decoding.choosing import asked, choose, reject
-from nextn.decoding.drafting import Asked, Drafter, Drafts, HeadDrafter
+from nextn.decoding.drafting import Asked, Drafter, Drafts, HeadDrafter, fewest_of
 from nextn.decoding.rows import DecodingError, Held, Row, Run
 from nextn.decoding.tree import Tree
 from nextn.decoding.verify import (
@@ -380,8 +380,7 @@ class Batch:
             while (length := len(row.unread[0])) > part:
                 self._show([(slot, row)], leave=max(part, length - chunk))
         if isinstance(self.drafter, HeadDrafter) and self.drafter.compiled:  # which takes the states of one step
-            enough = [levels for levels in self.drafter.compiled if levels >= (wanted.levels or self.n - 1)]
-            step = 1 + min(enough, default=max(self.drafter.compiled))
+            step = 1 + (fewest_of(self.drafter.compiled, wanted.levels or self.n - 1) or max(self.drafter.compiled))
             self._show([(slot, row) for slot, row in members if len(row.unread[0]) > step], leave=step)
         return self.drafter.propose(
             *self._window(active, [row.unread[0] for _, row in members]),

@@ -104,6 +104,11 @@ class NoisyTokens(Chain):
 Codes = dict[int, Callable[..., tuple[Tensor, Tensor, Tensor]]]
 
 
+def fewest_of(codes: Codes, least: int) -> int | None:
+    """How many drafts the code makes that makes the fewest, but at least so many; None where there is none."""
+    return min((levels for levels in codes if levels >= least), default=None)
+
+
 class HeadDrafter:
     """Heads as the drafter: keeps their caches and, for distinct modules, the states to go back to.
 
@@ -179,12 +184,10 @@ class HeadDrafter:
         if asked.levels == 0:
             return None
         codes = self.compiled if asked.chances is None else self.compiled_noisy
-        least = max(asked.levels or self.drafts, hidden.shape[1] - 1)
-        enough = [levels for levels in codes if levels >= least]
+        levels = fewest_of(codes, max(asked.levels or self.drafts, hidden.shape[1] - 1))
         is_step = len(hidden) == len(self.past_hidden)
-        if not enough or not is_step or asked.tree or asked.drawn or not self._is_warm(positions):
+        if levels is None or not is_step or asked.tree or asked.drawn or not self._is_warm(positions):
             return None
-        levels = min(enough)
         tokens, self.past_hidden, self.past_following = codes[levels](
             *self.step_inputs(levels, hidden, positions, following, last, asked.chances)
         )

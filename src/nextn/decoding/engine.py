@@ -91,7 +91,8 @@ class Engine(Batch):
         self._cancelled: set[int] = set()
         self._in_step = False
         self._plain_ahead = 0  # so many steps from here on read no drafts
-        self._same_texts = False  # as when the pace was last asked
+        # Of when the pace was last asked: whether prompts waited, and the text in each slot.
+        self._asked_for: tuple[bool | Row | None, ...] = ()
 
     # --- machine code -----------------------------------------------------------------------------------------
 
@@ -243,7 +244,7 @@ class Engine(Batch):
         waiting = deque(row for row in rows if row.limit)
         self.begin(rows, count, goes_on=self.keep)
         turn = self.turn
-        self.steps, self._plain_ahead, self._same_texts = Counter(), 0, False
+        self.steps, self._plain_ahead, self._asked_for = Counter(), 0, ()
         self.keep_scores = keep_scores
         finished = [row for row in rows if not row.limit]
         for row in finished:
@@ -264,7 +265,6 @@ class Engine(Batch):
         self._in_step = True
         try:
             if waiting and not all(self.slots):
-                self._same_texts = False
                 with self.clock("prefill"):
                     self.admit(waiting)
             elif any(self.slots):
@@ -290,7 +290,6 @@ class Engine(Batch):
         """The rows that are done leave."""
         done = [(slot, row) for slot, row in enumerate(self.slots) if row is not None and row.result.finish]
         for slot, row in done:
-            self._same_texts = False
             self.leave(slot, row)
         return [row for _, row in done]
 
@@ -304,7 +303,6 @@ class Engine(Batch):
         for row in left:
             row.result.finish = "cancelled"
             waiting.remove(row)
-            self._same_texts = False
         return left
 
     # --- a step -----------------------------------------------------------------------------------------------
@@ -356,12 +354,13 @@ class Engine(Batch):
         """How many, 0 or TREE; and whether the drafter must catch up before, where that makes a difference."""
         if self.drafter is None or self._plain_ahead:
             return 0, False
-        if self._same_texts and self.pace.stays_plain():
+        asked_for = waiting, *self.slots
+        if self._asked_for == asked_for and self.pace.stays_plain():
             return 0, False
         if any(row is not None and row.sampling.stateful for row in self.slots):
             return 0, False
         if self.depth == "auto":
-            behind, self._same_texts = self.is_behind, True
+            behind, self._asked_for = self.is_behind, asked_for
             texts = [(row.tally, row.limit - len(row.result.tokens)) for row in self.slots if row is not None]
             return self.pace.choose(texts, waiting, behind, kind), behind
         return (TREE if self.tree is not None else int(self.depth)), self.is_behind

@@ -61,7 +61,7 @@ class Run:
     logits: list[Tensor] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One text in a slot.
 

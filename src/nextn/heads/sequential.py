@@ -211,16 +211,19 @@ class RecurrentHeads(Heads):
 
     def remember(self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None) -> None:
         (cache,) = caches
-        visible = cache.place(window.positions, rows)
         with cache.writing_only():
-            self.step(trunk, window.following, self.read(window.hidden), window.positions, visible, cache)
+            self._first(trunk, window, cache, rows)
+
+    def _first(self, trunk: Trunk, window: Window, cache: RaggedCache, rows: Tensor | None) -> Tensor:
+        """The first step over all states of the window [B, W, D]; its entries stay, those of later steps do not."""
+        visible = cache.place(window.positions, rows)
+        return self.step(trunk, window.following, self.read(window.hidden), window.positions, visible, cache)
 
     def _grow(
         self, trunk: Trunk, window: Window, caches: list[RaggedCache], rows: Tensor | None, growth: Growth
     ) -> None:
         (cache,) = caches
-        visible = cache.place(window.positions, rows)
-        states = self.step(trunk, window.following, self.read(window.hidden), window.positions, visible, cache)
+        states = self._first(trunk, window, cache, rows)
         states, newest = window.newest(states)[:, None], window.newest(window.positions)
         level = growth.level(trunk, self.output.at(2), self._end(states), 2, newest)
         for k in range(3, self._last(growth) + 1):
