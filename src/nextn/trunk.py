@@ -496,6 +496,13 @@ class _Buffer(CacheLayerMixin):
         return self.slots
 
 
+BLOCK = 64  # slots; kernels of a GPU want a mask of so many keys, or a multiple
+
+
+def _whole_blocks(slots: int) -> int:
+    return -(-slots // BLOCK) * BLOCK
+
+
 class _Written(Exception):  # noqa: N818 (nothing went wrong)
     """Keys and values are where they should be, and nothing more is wanted of a layer."""
 
@@ -511,12 +518,12 @@ class RaggedCache(Cache):
     Args:
         layers: how many layers write into it. With 1, any layer may (a head's layer keeps the host's layer index).
         rows: B, how many sequences.
-        capacity: how many positions a row may have.
+        capacity: how many positions a row may have at least; there are whole blocks of `BLOCK`.
     """
 
     def __init__(self, layers: int, rows: int, capacity: int) -> None:
-        super().__init__(layers=[_Buffer(rows, capacity + 1) for _ in range(layers)])
-        self.rows, self.capacity = rows, capacity
+        self.rows, self.capacity = rows, _whole_blocks(capacity)
+        super().__init__(layers=[_Buffer(rows, self.capacity + 1) for _ in range(layers)])
         self.seen: Tensor | None = None  # the positions that attention reads, 0 … S-1; None: those in use
         self._rows: Tensor | None = None
         self._at = torch.empty(0)
@@ -579,6 +586,7 @@ class RaggedCache(Cache):
     def grow(self, capacity: int) -> None:
         """Make room for more positions a row; what it holds stays."""
         layers: list[Any] = self.layers
+        capacity = _whole_blocks(capacity)
         for layer in layers:
             if layer.is_initialized:
                 keys, values = layer.keys, layer.values
@@ -593,8 +601,8 @@ class RaggedCache(Cache):
         return used if self._rows is None else (used[0][self._rows], used[1][self._rows])
 
     def reach(self, position: int) -> int:
-        """How many slots attention reads when the newest token stands at `position`: rounded up, so shapes repeat."""
-        return min(self.capacity, (max(position, 0) // 64 + 1) * 64)
+        """How many slots attention reads when the newest token stands at `position`: whole blocks, so shapes repeat."""
+        return min(self.capacity, _whole_blocks(max(position, 0) + 1))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -90,6 +90,8 @@ class Batch:
     def begin(self, rows: Sequence[Row], count: int, goes_on: bool = False) -> None:
         """Make room for so many slots, and for the longest of the texts that are to come.
 
+        Where there is room enough from before it is used again, whatever it holds; a CUDA graph knows its address.
+
         Args:
             goes_on: keep what the slots hold, if there are as many.
         """
@@ -104,19 +106,20 @@ class Batch:
         self.all_rows = torch.arange(count, device=device)
         self.lengths = torch.zeros(count, dtype=torch.long, device=device)
         self.pending = torch.zeros(count, dtype=torch.long, device=device)
-        goes_on = goes_on and len(self.slots) == count
+        as_many = len(self.slots) == count
         interrupted, self.slots = self.slots, [None] * count
-        if not goes_on:
+        if not as_many or (not goes_on and room > self.cache.capacity):
             self.cache = RaggedCache(len(self.trunk.layers), count, room)
-            self._held = [Held() for _ in range(count)]  # by slot
-        else:
+        elif room > self.cache.capacity:
+            self.cache.grow(room)
+        if goes_on and as_many:
             for slot, row in enumerate(interrupted):
                 if row is not None:
                     self._held[slot] = Held()
-            if room > self.cache.capacity:
-                self.cache.grow(room)
+        else:
+            self._held = [Held() for _ in range(count)]  # by slot
         if self.drafter:
-            self.drafter.begin(self.cache, keep=goes_on)
+            self.drafter.begin(self.cache, keep=goes_on and as_many)
 
     def leave(self, slot: int, row: Row) -> None:
         """A row is done; its slot is free, and remembers what the cache holds of the text."""

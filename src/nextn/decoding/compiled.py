@@ -3,7 +3,7 @@
 A module that is a function of tensors (`Verify`, `Draft`) is exported from the host's own forward by torch.export and
 compiled ahead of time by AOTInductor: weights frozen into the layout that their kernels read, matrix products for a
 few rows chosen by measuring, no Python and no guards at run time. What comes out is kept on disk, and the next process
-loads it in about a second.
+loads it in about a second. On a GPU it holds no weights but reads the model's own, and is replayed as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
 import nextn.config
+from nextn.trunk import BLOCK
 
 Progress = Callable[[str], AbstractContextManager[Any]]
 
@@ -36,7 +37,8 @@ Progress = Callable[[str], AbstractContextManager[Any]]
 # would double the time to compile.
 _CPU = {"freezing": True, "max_autotune_gemm": True, "max_autotune_gemm_backends": "CPP",
         "cpp.enable_concat_linear": True}  # fmt: skip
-_GPU = {"freezing": True, "max_autotune": True}
+# Frozen weights would be copies of the whole model, one for each number of drafts; a GPU has no room for them.
+_GPU = {"aot_inductor.package_constants_in_so": False}
 
 
 class CompileError(RuntimeError):
@@ -56,9 +58,10 @@ def compiled(module: nn.Module, inputs: tuple[Any, ...], progress: Progress = on
     """The same function as `module`, compiled, for inputs of these shapes; compiled once a machine.
 
     Args:
-        module: `Verify`, `Draft`, `Draw`. Its weights must not change afterwards; what is compiled holds its own copy.
+        module: `Verify`, `Draft`, `Draw`. Its weights must not change afterwards; on a CPU what is compiled holds its own
+            copy.
         inputs: an example; where caches are read the last two are `seen` [S] and `buffers`, pairs of [B, H, C, Dk],
-            whose S and C may vary.
+            whose S, a multiple of `BLOCK`, and C may vary.
         progress: shown while it compiles; called with a message, gives a context.
 
     Raises:
@@ -74,13 +77,29 @@ def compiled(module: nn.Module, inputs: tuple[Any, ...], progress: Progress = on
                 _build(module, inputs, path)
         except OSError as error:
             raise CompileError(f"{path.parent} cannot be written ({_first_line(error)})") from None
-    on_gpu = inputs[0].device.type == "cuda"
-    package = _loaded.get(str(path)) or _load(path, on_gpu)
-    _loaded[str(path)] = package
-    return _Graphed(_flat(package)) if on_gpu else _flat(package)
+    if _holds_weights(inputs[0].device):
+        package = _loaded.get(str(path)) or _load(path)
+        _loaded[str(path)] = package
+        return _flat(package)
+    package = _load(path, run_single_threaded=True)  # so it waits for no event, which a CUDA graph could not capture
+    return Graphed(_flat(package), _lend_weights(package, module))
 
 
 _loaded: WeakValueDictionary[str, Any] = WeakValueDictionary()  # a package is as large as the weights: once is enough
+
+
+def _holds_weights(device: torch.device) -> bool:
+    """Whether packages for a device hold the weights, or read the model's own."""
+    return device.type != "cuda"
+
+
+def _lend_weights(package: Any, module: nn.Module) -> dict[str, torch.Tensor]:
+    """Let a package read the module's own weights, which must live as long as it does."""
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    tensors = {name: tensor.detach() for name, tensor in named}
+    weights = {name: tensors[name] for name in package.get_constant_fqns()}
+    package.load_constants(weights, check_full_update=True, user_managed=True)
+    return weights
 
 
 def package_directory() -> Path:
@@ -91,10 +110,11 @@ def package_directory() -> Path:
 def _build(module: nn.Module, inputs: tuple[Any, ...], path: Path) -> None:
     """Export, compile, and put the package in its place in one move."""
     fixed, buffers = _parts(inputs)
-    slots, capacity = torch.export.Dim("S", min=2), torch.export.Dim("C", min=2)
+    read, there = torch.export.Dim("read", min=1), torch.export.Dim("there", min=1)
+    slots, capacity = BLOCK * read, BLOCK * there + 1
     of_caches = () if buffers is None else ({0: slots}, [({2: capacity}, {2: capacity})] * len(buffers))
     shapes = (*[None] * len(fixed), *of_caches)
-    options = _GPU if inputs[0].device.type == "cuda" else _CPU
+    options = _CPU if _holds_weights(inputs[0].device) else _GPU
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / "made.pt2"
         try:
@@ -111,10 +131,9 @@ def _parts(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[tuple[torch.T
     return (inputs[:-2], inputs[-1]) if isinstance(inputs[-1], list) else (inputs, None)
 
 
-def _load(path: Path, on_gpu: bool) -> Any:
+def _load(path: Path, run_single_threaded: bool = False) -> Any:
     try:
-        # Run from one thread, the code waits for no event, which a CUDA graph could not capture.
-        return torch._inductor.aoti_load_package(str(path), run_single_threaded=on_gpu)
+        return torch._inductor.aoti_load_package(str(path), run_single_threaded=run_single_threaded)
     except RuntimeError as error:
         if zipfile.is_zipfile(path):
             raise CompileError(f"{path} cannot be loaded: {_first_line(error)}") from None
@@ -136,7 +155,7 @@ def _flat(package: Any) -> Callable[..., Any]:
 
 def key(module: nn.Module, inputs: tuple[Any, ...]) -> str:
     """A digest of all that the compiled code depends on: code, config, weights, shapes, versions, machine."""
-    digest = hashlib.sha256()
+    digest, with_weights = hashlib.sha256(), _holds_weights(inputs[0].device)
     house = Path(nextn.config.__file__).parent
     decoding = [f"decoding/{name}.py" for name in ("compiled", "verify", "drafting", "sampling", "tree")]
     for part in ("trunk.py", "output.py", "heads/*.py", *decoding):
@@ -149,8 +168,9 @@ def key(module: nn.Module, inputs: tuple[Any, ...]) -> str:
         digest.update(f"{name} {type(part).__name__} {_plain_attributes(part)}".encode())
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        stored: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        digest.update(stored)
+        if with_weights:
+            stored: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(stored)
     fixed, buffers = _parts(inputs)
     shapes = [tuple(tensor.shape) for tensor in fixed]
     layers = [(*pair[0].shape[:2], pair[0].shape[3], pair[1].shape[3], pair[0].dtype) for pair in buffers or []]
@@ -224,15 +244,19 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
-class _Graphed:
-    """A compiled function as a CUDA graph: one launch a step instead of hundreds. One graph an S.
+class Graphed:
+    """A function of tensors as a CUDA graph: one launch a step instead of hundreds. One graph an S.
 
-    The addresses of the caches are part of a graph, so graphs are captured anew when a text begins with new caches.
-    What a call returns is overwritten by the next one.
+    The addresses of the caches are part of a graph, so graphs are captured anew where caches are other ones. What a
+    call returns is overwritten by the next one.
+
+    Args:
+        function: takes tensors of fixed shapes, then `seen` and `buffers`, see `compiled`.
+        holds: what must live as long as the graphs do.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], holds: Any = None) -> None:
+        self.function, self.holds = function, holds
         self.places: list[tuple[int, torch.Size]] = []
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Any, ...], Any]] = {}
 
@@ -253,6 +277,8 @@ class _Graphed:
     def _capture(self, held: tuple[Any, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Any, ...], Any]:
         self.function(*held)  # libraries allocate their workspaces in a first call, which may not be captured
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Graphs of other lengths are replayed before and after, never meanwhile: they may share their memory.
+        pool = next((other.pool() for other, _, _ in self.graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool):
             outputs = self.function(*held)
         return graph, held[:-1], outputs  # it reads its inputs where they were; caches belong to the engine

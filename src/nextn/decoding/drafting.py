@@ -133,7 +133,8 @@ class HeadDrafter:
             for own in self.caches:
                 own.grow(max(room, own.capacity))
             return
-        self.caches = [RaggedCache(1, rows, room) for _ in range(self.heads.cache_count)]
+        if not all(own.rows == rows and own.capacity >= room for own in self.caches) or not self.caches:
+            self.caches = [RaggedCache(1, rows, room) for _ in range(self.heads.cache_count)]
         back, width = self.heads.lookback, self.heads.hidden_width
         self.past_hidden = torch.zeros(rows, back, width, dtype=self.dtype, device=self.trunk.device)
         self.past_following = torch.zeros(rows, back, dtype=torch.long, device=self.trunk.device)
