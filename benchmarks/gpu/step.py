@@ -1,19 +1,25 @@
-"""What does one step cost on a GPU? Random weights of real shapes, replayed acceptance, several batches.
+"""What does drafting bring on a GPU? Models of real shapes with replayed acceptance, or real heads on real prompts.
 
     python benchmarks/gpu/step.py --out results.json
-    python benchmarks/gpu/step.py --shape tiny --batch 1 --batch 2 --device cpu --out /tmp/step.json    # a dry run
+    python benchmarks/gpu/step.py --model smollm2-135m-instruct --prompts prompts.jsonl --out results.json
+    python benchmarks/gpu/step.py --model tiny --batch 1 --batch 2 --device cpu --out /tmp/step.json    # a dry run
 
-Speed does not depend on the values of weights, and acceptance is replayed, so random weights show what real ones would.
-For each shape and batch: our plain engine, our engine with heads at several τ, and transformers.generate, against the
-time that reading the weights once takes. Results are written as they come. Not run on a GPU yet; a text begins with
-new caches, so each run captures its CUDA graphs anew, and that is in its time.
+Speed does not depend on the values of weights, so where acceptance is replayed random weights show what real ones
+would. For each model and batch: our plain engine, our engine with heads at several τ (and, with real heads, at their
+own), in turns, and transformers.generate; and what a step takes against the time that reading the weights once takes.
+All that is compiled is compiled at first, side by side. Results are written as they come.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import time
-from itertools import cycle
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from itertools import cycle, islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,115 +27,189 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import nextn
 from nextn.decoding.engine import Engine
+from nextn.evaluation.bench import Settings, read
 from nextn.evaluation.replay import read_trace, replaying
-from nextn.evaluation.report import machine
+from nextn.evaluation.report import interval, machine
 from nextn.evaluation.roofline import bound, measure_machine, step_cost
+from nextn.formats.native import base_of
+from nextn.model import MultiTokenModel
 
 SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 1024, "tie_word_embeddings": True},
-    "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-                "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 32, "vocab_size": 32000},
 }  # fmt: skip
-PROMPT = 64
+PROMPT = 64  # tokens, of models with random weights
+REPEATS = 3
+
+
+def model_of(name: str, device: str) -> MultiTokenModel:
+    """A shape with random weights, or a saved model; bfloat16."""
+    if name not in SHAPES:
+        return nextn.load(name, dtype=torch.bfloat16).to(device).eval()
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[name], max_position_embeddings=2048)
+    with torch.device(device):
+        host = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    output = {"kind": "trimmed", "size": min(8192, config.vocab_size // 2)}
+    return nextn.attach(host, nextn.MultiTokenConfig(n=4, heads="sequential", recurrent=True, output=output)).eval()
+
+
+def engines_of(model: MultiTokenModel, batch: int, eager: bool) -> tuple[Engine, Engine]:
+    """The plain one, and the one with heads."""
+    engines = [model.engine(rows=batch, heads=heads, stop_tokens=[]) for heads in (1, None)]
+    if not eager:
+        engines = [engine.compile(progress=lambda message: nullcontext()) for engine in engines]
+    return engines[0], engines[1]
+
+
+def compile_for(name: str, batch: int, device: str) -> tuple[str, int, float]:
+    start = time.perf_counter()
+    engines_of(model_of(name, device), batch, eager=False)
+    return name, batch, time.perf_counter() - start
 
 
 def timed(engine: Engine, prompts: list[list[int]], new: int) -> dict[str, float]:
-    """Tokens a second and ms a step, prefill left out of the latter; the better of two runs after one to warm up."""
-    best: dict[str, float] = {"tokens_per_second": 0.0}
-    step, steps = engine.verify, 0
+    """Of one run: tokens a second, with prompts and without them, ms a step, and τ."""
+    start = time.perf_counter()
+    results = [result for _, result in engine.generate(prompts, new)]
+    seconds = time.perf_counter() - start
+    tokens, steps = sum(len(result.tokens) for result in results), sum(engine.steps.values())
+    decoding = seconds - engine.seconds["prefill"]
+    return {
+        "tokens_per_second": tokens / seconds,
+        "decoding_tokens_per_second": tokens / decoding,
+        "step_ms": 1e3 * decoding / steps,
+        "draft_ms": 1e3 * engine.seconds["draft"] / steps,
+        "tau": (tokens - len(prompts)) / (steps * len(prompts)),  # the first token comes with the prompt
+    }
 
-    def counted(*inputs: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        return step(*inputs)
 
-    engine.verify = counted
-    for _ in range(3):
-        steps = 0
-        start = time.perf_counter()
-        results = [result for _, result in engine.generate(prompts, new)]
-        seconds = time.perf_counter() - start
-        speed = sum(len(result.tokens) for result in results) / seconds
-        if speed > best["tokens_per_second"]:
-            best = {"tokens_per_second": speed, "step_ms": 1e3 * (seconds - engine.seconds["prefill"]) / steps}
-    engine.verify = step
-    return best
+def in_turns(runs: dict[str, Callable[[], dict[str, float]]]) -> dict[str, Any]:
+    """Each of them once to warm up, and then in turns; ratios are to `plain` of the same turn."""
+    for run in runs.values():
+        run()
+    turns = [{way: run() for way, run in runs.items()} for _ in range(REPEATS)]
+    found: dict[str, Any] = {}
+    for way in runs:
+        found[way] = {name: interval([turn[way][name] for turn in turns]).value for name in turns[0][way]}
+        for name in ("tokens_per_second", "decoding_tokens_per_second"):
+            found[way][f"{name}_over_plain"] = interval(
+                [turn[way][name] / turn["plain"][name] for turn in turns]
+            )._asdict()
+    return found
 
 
 def transformers_speed(host: Any, prompts: list[list[int]], new: int) -> float:
-    """Tokens a second of `generate`, the better of two runs after one to warm up."""
-    ids = torch.tensor(prompts, device=host.device)
-    best = 0.0
-    for _ in range(3):
+    """Tokens a second of `generate`, after one run to warm up."""
+    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones(len(prompt)) for prompt in prompts], batch_first=True, padding_side="left").long()
+    given = {"attention_mask": mask.to(host.device), "do_sample": False, "pad_token_id": 0}
+    start = 0.0
+    for count in (8, new):
         start = time.perf_counter()
-        host.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False)
-        best = max(best, new * len(prompts) / (time.perf_counter() - start))
-    return best
+        host.generate(ids.to(host.device), max_new_tokens=count, min_new_tokens=count, **given)
+    return new * len(prompts) / (time.perf_counter() - start)
 
 
-def measure(shape: str, batch: int, taus: list[float], new: int, device: str, eager: bool) -> dict[str, Any]:
-    """One row of the table."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        host = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], max_position_embeddings=2048)).to(torch.bfloat16).eval()
-    size = min(8192, host.config.vocab_size // 2)
-    output = {"kind": "trimmed", "size": size}
-    model = nextn.attach(host, nextn.MultiTokenConfig(n=4, heads="sequential", recurrent=True, output=output)).eval()
-    prompts = torch.randint(3, host.config.vocab_size, (batch, PROMPT)).tolist()
-    engines = [model.engine(rows=batch, heads=heads, stop_tokens=[]) for heads in (1, None)]
-    if not eager:
-        engines = [engine.compile() for engine in engines]
-    plain, drafting = engines
-    row: dict[str, Any] = {
-        "shape": shape,
-        "batch": batch,
-        "compiled": drafting.code is not None,
-        "plain": timed(plain, prompts, new),
-    }
+def measure(
+    model: MultiTokenModel, prompts: list[list[int]], taus: list[float], own: bool, new: int, eager: bool
+) -> dict[str, Any]:
+    """One row of the table.
+
+    Args:
+        own: also with the drafts that stand of themselves.
+    """
+    plain, drafting = engines_of(model, len(prompts), eager)
     verify = drafting.verify
-    for tau in taus:
-        drafting.verify = replaying(verify, cycle(read_trace(str(tau), 3)[0]))
-        row[f"tau {tau}"] = timed(drafting, prompts, new)
-    row["transformers"] = {"tokens_per_second": transformers_speed(host, prompts, new)}
+
+    def at(tau: float) -> dict[str, float]:
+        drafting.verify = replaying(verify, cycle(read_trace(str(tau), drafting.n - 1)[0]))
+        return timed(drafting, prompts, new)
+
+    def at_its_own() -> dict[str, float]:
+        drafting.verify = verify
+        return timed(drafting, prompts, new)
+
+    runs: dict[str, Callable[[], dict[str, float]]] = {"plain": lambda: timed(plain, prompts, new)}
+    runs |= {f"tau {tau}": lambda tau=tau: at(tau) for tau in taus} | ({"heads": at_its_own} if own else {})
+    row: dict[str, Any] = {"compiled": drafting.code is not None and plain.code is not None} | in_turns(runs)
+    row["transformers"] = {"tokens_per_second": transformers_speed(model.base, prompts, min(new, 64))}
     costs = {"plain": step_cost(plain), "drafting": step_cost(drafting)}
+    device = str(model.trunk.device.type)
     limits = measure_machine(torch.bfloat16, min(costs["drafting"]["weight_bytes"], 2**33), device)
     row["weights_once_ms"] = 1e3 * bound(costs["plain"], limits, 0)["by_bytes"]
-    row["step_over_weights_once"] = row[f"tau {taus[0]}"]["step_ms"] / row["weights_once_ms"]
+    row["plain_step_over_weights_once"] = row["plain"]["step_ms"] / row["weights_once_ms"]
     return row | {"limits": limits}
+
+
+def shown(rows: list[dict[str, Any]], taus: list[float]) -> Table:
+    table = Table(title="tokens per second, prompts included; (over plain)", title_justify="left")
+    ways = ["plain", *(f"tau {tau}" for tau in taus), "heads"]
+    for column in ("model", "batch", *ways, "transformers", "plain step / weights once"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        cells = [
+            f"{row[way]['tokens_per_second']:,.0f} ({row[way]['tokens_per_second_over_plain']['value']:.2f})"
+            if way in row
+            else "–"
+            for way in ways
+        ]
+        table.add_row(
+            row["model"],
+            str(row["batch"]),
+            *cells,
+            f"{row['transformers']['tokens_per_second']:,.0f}",
+            f"{row['plain_step_over_weights_once']:.2f}",
+        )
+    return table
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Where the figures are written as JSON, as they come.")],
-    shape: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SHAPES)}; repeatable.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="A shape, or a saved model; repeatable.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Rows; repeatable.")] = None,
     tau: Annotated[list[float] | None, typer.Option(help="Replayed τ; repeatable.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSON lines with `prompt`, for a saved model.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens a prompt.")] = 128,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile.")] = False,
 ) -> None:
-    taus = tau or [2.0, 2.8, 3.5]
+    taus, batches, names = tau or [2.0, 2.8, 3.5], batch or [1, 8, 32, 128], model or ["1b", "7b"]
+    console = Console()
     rows: list[dict[str, Any]] = []
-    table = Table(title="tokens per second; step over the time to read the weights once", title_justify="left")
-    for column in ("shape", "batch", "plain", *(f"τ {tau}" for tau in taus), "transformers", "step / weights"):
-        table.add_column(column, justify="right")
-    for name in shape or ["smollm2", "1b", "7b"]:
-        for many in batch or [1, 8, 32, 128]:
-            row = measure(name, many, taus, new_tokens, device, eager)
+    if not eager:
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+            jobs = [pool.submit(compile_for, name, many, device) for name in names for many in batches]
+            for job in jobs:
+                console.print("compiled {} at batch {}: {:.0f} s".format(*job.result()))
+    for name in names:
+        subject = model_of(name, device)
+        size = subject.trunk.vocab_size
+        for many in batches:
+            if name in SHAPES:
+                texts = torch.randint(3, size, (many, PROMPT)).tolist()
+            else:
+                known = read(Settings(model=name, prompts=prompts), base_of(name), console)
+                texts = [prompt.ids for prompt in islice(cycle(known), many)]
+            row = {"model": name, "batch": many}
+            row |= measure(subject, texts, taus, own=name not in SHAPES, new=new_tokens, eager=eager)
             rows.append(row)
-            out.write_text(json.dumps({"rows": rows, "machine": machine()}, indent=2) + "\n")
-            ways = ("plain", *(f"tau {tau}" for tau in taus), "transformers")
-            speeds = (f"{row[way]['tokens_per_second']:,.0f}" for way in ways)
-            table.add_row(name, str(many), *speeds, f"{row['step_over_weights_once']:.2f}")
-    Console().print(table)
+            out.write_text(json.dumps({"rows": rows, "new_tokens": new_tokens, "machine": machine()}, indent=2) + "\n")
+            console.print(shown(rows[-1:], taus))
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+        del subject
+    console.print(shown(rows, taus))
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ class Batch:
         self.draw: Callable[..., Any] = Draw()
         self.seconds: dict[str, float] = defaultdict(float)
         self.slots: list[Row | None] = []
+        self.cache, self._held = RaggedCache(layers=0, rows=0, capacity=0), list[Held]()
         self.keep_scores = False
 
     def begin(self, rows: Sequence[Row], count: int, goes_on: bool = False) -> None:

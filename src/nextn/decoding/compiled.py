@@ -38,7 +38,8 @@ Progress = Callable[[str], AbstractContextManager[Any]]
 _CPU = {"freezing": True, "max_autotune_gemm": True, "max_autotune_gemm_backends": "CPP",
         "cpp.enable_concat_linear": True}  # fmt: skip
 # Frozen weights would be copies of the whole model, one for each number of drafts; a GPU has no room for them.
-_GPU = {"aot_inductor.package_constants_in_so": False}
+# What calls the kernels runs once a graph, so it need not be fast.
+_GPU = {"aot_inductor.package_constants_in_so": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
 
 
 class CompileError(RuntimeError):
@@ -58,8 +59,7 @@ def compiled(module: nn.Module, inputs: tuple[Any, ...], progress: Progress = on
     """The same function as `module`, compiled, for inputs of these shapes; compiled once a machine.
 
     Args:
-        module: `Verify`, `Draft`, `Draw`. Its weights must not change afterwards; on a CPU what is compiled holds its own
-            copy.
+        module: `Verify`, `Draft`, `Draw`. Its weights must not change afterwards: on a CPU what is compiled has a copy.
         inputs: an example; where caches are read the last two are `seen` [S] and `buffers`, pairs of [B, H, C, Dk],
             whose S, a multiple of `BLOCK`, and C may vary.
         progress: shown while it compiles; called with a message, gives a context.

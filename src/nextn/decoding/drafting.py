@@ -124,16 +124,17 @@ class HeadDrafter:
         self.compiled: Codes = {}
         self.compiled_noisy: Codes = {}
         self.caches: list[RaggedCache] = []
+        self.trunk_cache = RaggedCache(layers=0, rows=0, capacity=0)
 
     def begin(self, cache: RaggedCache, keep: bool = False) -> None:
         # Entries of drafts stand past the text, those of a tree one behind the other.
         rows, room = cache.rows, cache.capacity + self.heads.n
-        self.trunk_cache = cache
+        same_place, self.trunk_cache = self.trunk_cache is cache, cache
         if keep:
             for own in self.caches:
                 own.grow(max(room, own.capacity))
             return
-        if not all(own.rows == rows and own.capacity >= room for own in self.caches) or not self.caches:
+        if not same_place:
             self.caches = [RaggedCache(1, rows, room) for _ in range(self.heads.cache_count)]
         back, width = self.heads.lookback, self.heads.hidden_width
         self.past_hidden = torch.zeros(rows, back, width, dtype=self.dtype, device=self.trunk.device)

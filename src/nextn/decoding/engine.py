@@ -112,7 +112,8 @@ class Engine(Batch):
             eagerly.
         """
         try:
-            with torch.inference_mode(False), torch.no_grad():  # what is exported may not be made in inference mode
+            self.slots = []  # with caches of its own: what is exported may not be made in inference mode
+            with torch.inference_mode(False), torch.no_grad():
                 self.use(build(self, progress, sampling))
         except CompileError as error:
             self.padding, self.why_eager = 0, str(error)
