@@ -69,7 +69,7 @@ def build(engine: Engine, progress: Progress, sampling: bool) -> Code:
         code = replace(code, score=steps, draw=_draw(engine, progress))
     if not full or not isinstance(engine.drafter, HeadDrafter):
         return code
-    targets, accepted, _, _, tapped, positions = code.verify[full](*example(engine, full))
+    targets, accepted, _, _, tapped, positions = Verify(engine.trunk, engine.tap)(*example(engine, full))
     engine.drafter.propose(tapped, positions, targets, accepted, engine.all_rows)  # which makes the heads' caches
     chances = Chances(
         torch.ones(engine.rows, device=targets.device),
@@ -96,7 +96,7 @@ def build(engine: Engine, progress: Progress, sampling: bool) -> Code:
 
 def _plain_step(engine: Engine, module: type[Score], progress: Progress) -> tuple[Callable[..., Any], int]:
     """The bare or the padded step and its padding, whichever is faster; measured once a machine."""
-    if engine.rows > PADDING:  # enough tokens as it is
+    if engine.rows > PADDING or engine.trunk.device.type != "cpu":  # enough tokens as it is, or kernels for one
         return _step(engine, module, 0, 0, progress), 0
     note = f"padding-{key(module(engine.trunk, engine.tap), example(engine, 0))}"
     if (known := recall(note)) is not None:

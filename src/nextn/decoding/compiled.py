@@ -3,7 +3,10 @@
 A module that is a function of tensors (`Verify`, `Draft`) is exported from the host's own forward by torch.export and
 compiled ahead of time by AOTInductor: weights frozen into the layout that their kernels read, matrix products for a
 few rows chosen by measuring, no Python and no guards at run time. What comes out is kept on disk, and the next process
-loads it in about a second. On a GPU it holds no weights but reads the model's own, and is replayed as a CUDA graph.
+loads it in about a second.
+
+On a GPU what is exported goes to torch.compile instead: it leaves the weights where they are, of which a package would
+hold a copy for each number of drafts. PyTorch keeps the kernels on disk, and a step is replayed as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import nextn.config
 from nextn.trunk import BLOCK
@@ -37,9 +41,6 @@ Progress = Callable[[str], AbstractContextManager[Any]]
 # would double the time to compile.
 _CPU = {"freezing": True, "max_autotune_gemm": True, "max_autotune_gemm_backends": "CPP",
         "cpp.enable_concat_linear": True}  # fmt: skip
-# Frozen weights would be copies of the whole model, one for each number of drafts; a GPU has no room for them.
-# What calls the kernels runs once a graph, so it need not be fast.
-_GPU = {"aot_inductor.package_constants_in_so": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
 
 
 class CompileError(RuntimeError):
@@ -68,38 +69,24 @@ def compiled(module: nn.Module, inputs: tuple[Any, ...], progress: Progress = on
         CompileError: without a C++ compiler, or where the host's forward cannot be exported.
     """
     name = type(module).__name__.lower()
+    if inputs[0].device.type == "cuda":
+        with progress(f"compiling {name} (a minute or two)"):
+            return Graphed(_in_memory(module, inputs))
     path = package_directory() / f"{name}-{key(module, inputs)}.pt2"
     if not path.is_file():
         require_compiler()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with progress(f"compiling {name} (a minute or two; kept for the next time)"):
-                _build(module, inputs, path)
+                _package(module, inputs, path)
         except OSError as error:
             raise CompileError(f"{path.parent} cannot be written ({_first_line(error)})") from None
-    if _holds_weights(inputs[0].device):
-        package = _loaded.get(str(path)) or _load(path)
-        _loaded[str(path)] = package
-        return _flat(package)
-    package = _load(path, run_single_threaded=True)  # so it waits for no event, which a CUDA graph could not capture
-    return Graphed(_flat(package), _lend_weights(package, module))
+    package = _loaded.get(str(path)) or _load(path)
+    _loaded[str(path)] = package
+    return _flat(package)
 
 
 _loaded: WeakValueDictionary[str, Any] = WeakValueDictionary()  # a package is as large as the weights: once is enough
-
-
-def _holds_weights(device: torch.device) -> bool:
-    """Whether packages for a device hold the weights, or read the model's own."""
-    return device.type != "cuda"
-
-
-def _lend_weights(package: Any, module: nn.Module) -> dict[str, torch.Tensor]:
-    """Let a package read the module's own weights, which must live as long as it does."""
-    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    tensors = {name: tensor.detach() for name, tensor in named}
-    weights = {name: tensors[name] for name in package.get_constant_fqns()}
-    package.load_constants(weights, check_full_update=True, user_managed=True)
-    return weights
 
 
 def package_directory() -> Path:
@@ -107,23 +94,44 @@ def package_directory() -> Path:
     return nextn.config.cache_directory() / "compiled"
 
 
-def _build(module: nn.Module, inputs: tuple[Any, ...], path: Path) -> None:
+def _in_memory(module: nn.Module, inputs: tuple[Any, ...]) -> Callable[..., Any]:
+    """Compiled by torch.compile, for good: S and C may vary, and nothing of it is compiled again."""
+    require_compiler()
+    with _one_error(module), torch.no_grad():
+        function = torch.compile(_exported(module, inputs).module(check_guards=False), fullgraph=True)
+        with torch.inference_mode():  # a first call in the mode, and with the kind of tensors, of all later ones
+            *fixed, seen, buffers = tree_map(torch.clone, inputs)
+            for tensor, place in ((seen, 0), *((part, 2) for pair in buffers for part in pair)):
+                torch._dynamo.mark_dynamic(tensor, place)
+            function(*fixed, seen, buffers)
+    return function
+
+
+def _package(module: nn.Module, inputs: tuple[Any, ...], path: Path) -> None:
     """Export, compile, and put the package in its place in one move."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made = Path(scratch) / "made.pt2"
+        with _one_error(module), torch.no_grad(), _quiet_autotuning(), torch._inductor.utils.fresh_cache(dir=scratch):
+            program = _exported(module, inputs)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(made), inductor_configs=_CPU)
+        made.rename(path)
+
+
+@contextmanager
+def _one_error(module: nn.Module) -> Iterator[None]:
+    """Export and compilers raise whatever they like; all of it means the same here."""
+    try:
+        yield
+    except Exception as error:
+        raise CompileError(f"{type(module).__name__} cannot be compiled: {_first_line(error)}") from error
+
+
+def _exported(module: nn.Module, inputs: tuple[Any, ...]) -> torch.export.ExportedProgram:
     fixed, buffers = _parts(inputs)
     read, there = torch.export.Dim("read", min=1), torch.export.Dim("there", min=1)
     slots, capacity = BLOCK * read, BLOCK * there + 1
     of_caches = () if buffers is None else ({0: slots}, [({2: capacity}, {2: capacity})] * len(buffers))
-    shapes = (*[None] * len(fixed), *of_caches)
-    options = _CPU if _holds_weights(inputs[0].device) else _GPU
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        made = Path(scratch) / "made.pt2"
-        try:
-            with torch.no_grad(), _quiet_autotuning(), torch._inductor.utils.fresh_cache(dir=scratch):
-                program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
-                torch._inductor.aoti_compile_and_package(program, package_path=str(made), inductor_configs=options)
-        except Exception as error:  # export and compilers raise whatever they like; all of it means the same here
-            raise CompileError(f"{type(module).__name__} cannot be compiled: {_first_line(error)}") from error
-        made.rename(path)
+    return torch.export.export(module, inputs, dynamic_shapes=(*[None] * len(fixed), *of_caches), strict=False)
 
 
 def _parts(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[tuple[torch.Tensor, torch.Tensor]] | None]:
@@ -131,9 +139,9 @@ def _parts(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[tuple[torch.T
     return (inputs[:-2], inputs[-1]) if isinstance(inputs[-1], list) else (inputs, None)
 
 
-def _load(path: Path, run_single_threaded: bool = False) -> Any:
+def _load(path: Path) -> Any:
     try:
-        return torch._inductor.aoti_load_package(str(path), run_single_threaded=run_single_threaded)
+        return torch._inductor.aoti_load_package(str(path))
     except RuntimeError as error:
         if zipfile.is_zipfile(path):
             raise CompileError(f"{path} cannot be loaded: {_first_line(error)}") from None
@@ -155,7 +163,7 @@ def _flat(package: Any) -> Callable[..., Any]:
 
 def key(module: nn.Module, inputs: tuple[Any, ...]) -> str:
     """A digest of all that the compiled code depends on: code, config, weights, shapes, versions, machine."""
-    digest, with_weights = hashlib.sha256(), _holds_weights(inputs[0].device)
+    digest = hashlib.sha256()
     house = Path(nextn.config.__file__).parent
     decoding = [f"decoding/{name}.py" for name in ("compiled", "verify", "drafting", "sampling", "tree")]
     for part in ("trunk.py", "output.py", "heads/*.py", *decoding):
@@ -168,9 +176,8 @@ def key(module: nn.Module, inputs: tuple[Any, ...]) -> str:
         digest.update(f"{name} {type(part).__name__} {_plain_attributes(part)}".encode())
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if with_weights:
-            stored: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            digest.update(stored)
+        stored: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(stored)
     fixed, buffers = _parts(inputs)
     shapes = [tuple(tensor.shape) for tensor in fixed]
     layers = [(*pair[0].shape[:2], pair[0].shape[3], pair[1].shape[3], pair[0].dtype) for pair in buffers or []]
@@ -252,11 +259,10 @@ class Graphed:
 
     Args:
         function: takes tensors of fixed shapes, then `seen` and `buffers`, see `compiled`.
-        holds: what must live as long as the graphs do.
     """
 
-    def __init__(self, function: Callable[..., Any], holds: Any = None) -> None:
-        self.function, self.holds = function, holds
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
         self.places: list[tuple[int, torch.Size]] = []
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Any, ...], Any]] = {}
 

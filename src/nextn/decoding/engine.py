@@ -118,6 +118,7 @@ class Engine(Batch):
         except CompileError as error:
             self.padding, self.why_eager = 0, str(error)
             logger.warning("The engine runs eagerly: %s", error)
+        self.slots = []  # and what runs must be
         return self
 
     def use(self, code: Code) -> Engine:
