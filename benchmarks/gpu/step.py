@@ -7,20 +7,22 @@
 Speed does not depend on the values of weights, so where acceptance is replayed random weights show what real ones
 would. For each model and batch: our plain engine, our engine with heads at several τ (and, with real heads, at their
 own), in turns, and transformers.generate; and what a step takes against the time that reading the weights once takes.
-All that is compiled is compiled at first, side by side. Results are written as they come.
+Each model and batch has a process of its own, so that all compile side by side; when the last one has, they measure one
+after the other. Results are written as they come.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from itertools import cycle, islice
 from multiprocessing import get_context
 from pathlib import Path
+from queue import Empty
+from threading import BrokenBarrierError
 from typing import Annotated, Any
 
 import torch
@@ -32,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import nextn
 from nextn.decoding.engine import Engine
+from nextn.evaluation.acceptance import Acceptance
 from nextn.evaluation.bench import Settings, read
 from nextn.evaluation.replay import read_trace, replaying
 from nextn.evaluation.report import interval, machine
@@ -44,8 +47,8 @@ SHAPES = {
              "num_key_value_heads": 2, "vocab_size": 1024, "tie_word_embeddings": True},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 32, "vocab_size": 32000},
+    "7b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 32000},
 }  # fmt: skip
 PROMPT = 64  # tokens, of models with random weights
 REPEATS = 3
@@ -71,12 +74,6 @@ def engines_of(model: MultiTokenModel, batch: int, eager: bool) -> tuple[Engine,
     return engines[0], engines[1]
 
 
-def compile_for(name: str, batch: int, device: str) -> tuple[str, int, float]:
-    start = time.perf_counter()
-    engines_of(model_of(name, device), batch, eager=False)
-    return name, batch, time.perf_counter() - start
-
-
 def timed(engine: Engine, prompts: list[list[int]], new: int) -> dict[str, float]:
     """Of one run: tokens a second, with prompts and without them, ms a step, and τ."""
     start = time.perf_counter()
@@ -89,7 +86,7 @@ def timed(engine: Engine, prompts: list[list[int]], new: int) -> dict[str, float
         "decoding_tokens_per_second": tokens / decoding,
         "step_ms": 1e3 * decoding / steps,
         "draft_ms": 1e3 * engine.seconds["draft"] / steps,
-        "tau": (tokens - len(prompts)) / (steps * len(prompts)),  # the first token comes with the prompt
+        "tau": Acceptance.of(results, engine.n).tau if engine.n > 1 else 1.0,
     }
 
 
@@ -120,15 +117,42 @@ def transformers_speed(host: Any, prompts: list[list[int]], new: int) -> float:
     return new * len(prompts) / (time.perf_counter() - start)
 
 
-def measure(
-    model: MultiTokenModel, prompts: list[list[int]], taus: list[float], own: bool, new: int, eager: bool
-) -> dict[str, Any]:
-    """One row of the table.
+@dataclass
+class Job:
+    """A model with so many rows, and what is measured of it."""
 
-    Args:
-        own: also with the drafts that stand of themselves.
-    """
-    plain, drafting = engines_of(model, len(prompts), eager)
+    name: str
+    batch: int
+    taus: list[float]
+    prompts: Path | None
+    new: int
+    device: str
+    eager: bool
+
+    def texts(self, model: MultiTokenModel) -> list[list[int]]:
+        """A prompt for each row."""
+        if self.name in SHAPES:
+            return torch.randint(3, model.trunk.vocab_size, (self.batch, PROMPT)).tolist()
+        known = read(Settings(model=self.name, prompts=self.prompts), base_of(self.name), Console(stderr=True))
+        return [prompt.ids for prompt in islice(cycle(known), self.batch)]
+
+
+def work(job: Job, all_compiled: Any, turn: Any, found: Any) -> None:
+    """Compile, wait until all have, and measure in turn."""
+    start = time.perf_counter()
+    model = model_of(job.name, job.device)
+    engines = engines_of(model, job.batch, job.eager)
+    seconds = time.perf_counter() - start
+    with suppress(BrokenBarrierError):  # another one failed: its row will be missing
+        all_compiled.wait()
+    with turn:
+        row = {"model": job.name, "batch": job.batch, "seconds_to_compile": seconds}
+        found.put(row | measure(model, engines, job))
+
+
+def measure(model: MultiTokenModel, engines: tuple[Engine, Engine], job: Job) -> dict[str, Any]:
+    """One row of the table."""
+    (plain, drafting), prompts, new = engines, job.texts(model), job.new
     verify = drafting.verify
 
     def at(tau: float) -> dict[str, float]:
@@ -140,12 +164,13 @@ def measure(
         return timed(drafting, prompts, new)
 
     runs: dict[str, Callable[[], dict[str, float]]] = {"plain": lambda: timed(plain, prompts, new)}
-    runs |= {f"tau {tau}": lambda tau=tau: at(tau) for tau in taus} | ({"heads": at_its_own} if own else {})
+    runs |= {f"tau {tau}": lambda tau=tau: at(tau) for tau in job.taus}
+    if job.name not in SHAPES:
+        runs["heads"] = at_its_own
     row: dict[str, Any] = {"compiled": drafting.code is not None and plain.code is not None} | in_turns(runs)
     row["transformers"] = {"tokens_per_second": transformers_speed(model.base, prompts, min(new, 64))}
     costs = {"plain": step_cost(plain), "drafting": step_cost(drafting)}
-    device = str(model.trunk.device.type)
-    limits = measure_machine(torch.bfloat16, min(costs["drafting"]["weight_bytes"], 2**33), device)
+    limits = measure_machine(torch.bfloat16, min(costs["drafting"]["weight_bytes"], 2**31), job.device)
     row["weights_once_ms"] = 1e3 * bound(costs["plain"], limits, 0)["by_bytes"]
     row["plain_step_over_weights_once"] = row["plain"]["step_ms"] / row["weights_once_ms"]
     return row | {"limits": limits}
@@ -184,32 +209,26 @@ def main(
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile.")] = False,
 ) -> None:
     taus, batches, names = tau or [2.0, 2.8, 3.5], batch or [1, 8, 32, 128], model or ["1b", "7b"]
-    console = Console()
-    rows: list[dict[str, Any]] = []
-    if not eager:
-        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-            jobs = [pool.submit(compile_for, name, many, device) for name in names for many in batches]
-            for job in jobs:
-                console.print("compiled {} at batch {}: {:.0f} s".format(*job.result()))
-    for name in names:
-        subject = model_of(name, device)
-        size = subject.trunk.vocab_size
-        for many in batches:
-            if name in SHAPES:
-                texts = torch.randint(3, size, (many, PROMPT)).tolist()
-            else:
-                known = read(Settings(model=name, prompts=prompts), base_of(name), console)
-                texts = [prompt.ids for prompt in islice(cycle(known), many)]
-            row = {"model": name, "batch": many}
-            row |= measure(subject, texts, taus, own=name not in SHAPES, new=new_tokens, eager=eager)
-            rows.append(row)
-            out.write_text(json.dumps({"rows": rows, "new_tokens": new_tokens, "machine": machine()}, indent=2) + "\n")
+    console, rows = Console(), list[dict[str, Any]]()
+    for name in set(names) - set(SHAPES):
+        model_of(name, "cpu")  # what has to be fetched is fetched once
+    context = get_context("spawn")
+    jobs = [Job(name, many, taus, prompts, new_tokens, device, eager) for name in names for many in batches]
+    all_compiled, turn, found = context.Barrier(len(jobs)), context.Lock(), context.Queue()
+    at_work = [context.Process(target=work, args=(job, all_compiled, turn, found)) for job in jobs]
+    for process in at_work:
+        process.start()
+    while any(process.is_alive() for process in at_work) or not found.empty():
+        if any(process.exitcode for process in at_work):
+            all_compiled.abort()
+        with suppress(Empty):
+            rows.append(found.get(timeout=1))
+            kept = {"rows": rows, "new_tokens": new_tokens, "machine": machine()}
+            out.write_text(json.dumps(kept, indent=2) + "\n")
             console.print(shown(rows[-1:], taus))
-            gc.collect()
-            if device == "cuda":
-                torch.cuda.empty_cache()
-        del subject
-    console.print(shown(rows, taus))
+    console.print(shown(sorted(rows, key=lambda row: (row["model"], row["batch"])), taus))
+    if len(rows) < len(jobs):
+        raise SystemExit("Some failed; see above.")
 
 
 if __name__ == "__main__":
