@@ -10,7 +10,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -65,6 +65,7 @@ class Batch:
         pending: the newest token of each row [B], not yet read by the trunk.
         lengths: how many tokens of each row the cache holds [B].
         fresh: the last step, where the drafter has not seen its states yet.
+        ahead: drafts that were made before it was known what that step brought, with the step and what was wanted.
         verify, score, draw: the step, `Verify`, `Score` and `Draw` or what they were compiled to.
         padding: places of a plain step that hold no token; some machines are faster so.
         turn: another object whenever a batch began.
@@ -103,6 +104,7 @@ class Batch:
         self.turn = object()
         self.seconds = defaultdict(float)
         self.fresh: Step | None = None
+        self.ahead: tuple[Step, Asked, Drafts] | None = None
         self._aside: list[tuple[list[Row | None], Tensor, Tensor]] = []  # rows, states and accepted drafts of steps
         self.all_rows = torch.arange(count, device=device)
         self.lengths = torch.zeros(count, dtype=torch.long, device=device)
@@ -347,11 +349,13 @@ class Batch:
         """
         assert self.drafter is not None
         active = [slot for slot, row in enumerate(self.slots) if row is not None]
+        drafts: Drafts | None
         if self.fresh is not None and self.is_fresh:
-            # A text that broke off with logits that are no numbers leaves no token behind.
-            states = self.fresh.tapped, self.fresh.positions, self.fresh.run.clamp(min=0), self.fresh.accepted
-            what = asked(self.slots, self.n - 1, wanted, self.lengths.device)
-            drafts = _fits(partial(self.drafter.propose, *states, self.all_rows, what))
+            known, self.ahead = self.ahead, None
+            if known is not None and known[0] is self.fresh and known[1] == wanted:
+                drafts = known[2]
+            else:
+                drafts = self._after(self.fresh, wanted, read=0)
         else:
             self.set_aside()
             self.hand_out()
@@ -371,6 +375,30 @@ class Batch:
             return drafts
         drawn_from = None if drafts.drawn_from is None else drafts.drawn_from[:, : wanted.levels]
         return Drafts(drafts.tokens[:, : wanted.levels], drawn_from)
+
+    def propose_ahead(self, wanted: Asked) -> None:
+        """Drafts after a step that is still being computed, so that a GPU need not wait for Python between the two.
+
+        Of best tokens alone: noise depends on where a text stands. Nor by heads that look back, for which a state must
+        not come twice, as it does where a new text takes a slot.
+        """
+        drafter = self.drafter
+        if isinstance(drafter, HeadDrafter) and not drafter.heads.lookback and self.fresh is not None and self.is_fresh:
+            drafts = self._after(self.fresh, wanted, read=self.fresh.run.shape[1])
+            self.ahead = None if drafts is None else (self.fresh, wanted, drafts)
+
+    def _after(self, step: Step, wanted: Asked, read: int) -> Drafts | None:
+        """Drafts from the states of one step of all rows; None for want of memory.
+
+        Args:
+            read: how many of the tokens that it read the rows do not have yet.
+        """
+        assert self.drafter is not None
+        # A text that broke off with logits that are no numbers leaves no token behind.
+        states = step.tapped, step.positions, step.run.clamp(min=0), step.accepted
+        newest = max(row.length for row in self.slots if row is not None) - 2 + read
+        what = replace(asked(self.slots, self.n - 1, wanted, self.lengths.device), newest=newest)
+        return _fits(partial(self.drafter.propose, *states, self.all_rows, what))
 
     def _draft_after(self, active: list[int], chunk: int, wanted: Asked) -> Drafts:
         """Drafts of some rows, from all that the drafter has not seen of them."""

@@ -70,12 +70,14 @@ class Asked:
     drawn: whether the probabilities are wanted from which the noise drew.
     tree: None for a chain.
     levels: how many drafts of a chain are used; None for all. A drafter may make more. 0: it only sees the states.
+    newest: no state stands further on; None where that is not known, and has to be read from where the states are.
     """
 
     chances: Chances | None = None
     drawn: bool = False
     tree: Tree | None = None
     levels: int | None = None
+    newest: int | None = None
 
 
 BEST = Asked()
@@ -154,7 +156,7 @@ class HeadDrafter:
         some = rows if len(rows) < len(self.past_hidden) else None
         past = self.past_hidden[rows], self.past_following[rows]
         window = with_past(*past, hidden.to(self.dtype), positions, following, last, self.has_past[rows])
-        read = [RaggedCache.over([pair], self._seen(positions)) for pair in self._read()]
+        read = [RaggedCache.over([pair], self._seen(positions, asked.newest)) for pair in self._read()]
         if asked.levels == 0:
             self.heads.remember(self.trunk, window, self.caches + read, some)
             growth, tokens = None, following[:, :0]
@@ -191,7 +193,7 @@ class HeadDrafter:
         if levels is None or not is_step or asked.tree or asked.drawn or not self._is_warm(positions):
             return None
         tokens, self.past_hidden, self.past_following = codes[levels](
-            *self.step_inputs(levels, hidden, positions, following, last, asked.chances)
+            *self.step_inputs(levels, hidden, positions, following, last, asked.chances, asked.newest)
         )
         return tokens
 
@@ -209,6 +211,7 @@ class HeadDrafter:
         following: Tensor,
         last: Tensor,
         chances: Chances | None = None,
+        newest: int | None = None,
     ) -> tuple:
         """What `Draft`, or with noise `NoisyDraft`, takes to make so many drafts after a step of all rows [B, W].
 
@@ -220,11 +223,11 @@ class HeadDrafter:
         buffers = [pair for cache in self.caches for pair in cache.buffers] + self._read()
         noise = () if chances is None else (chances.temperatures, chances.keys)
         past = self.past_hidden, self.past_following
-        return hidden, positions, following, last, *past, *noise, self._seen(positions), buffers
+        return hidden, positions, following, last, *past, *noise, self._seen(positions, newest), buffers
 
-    def _seen(self, positions: Tensor) -> Tensor:
+    def _seen(self, positions: Tensor, newest: int | None) -> Tensor:
         """The positions that attention reads in this round [S]."""
-        newest = int(positions.max())
+        newest = int(positions.max()) if newest is None else newest
         cache, newest = (self.caches[0], newest + self.heads.n - 2) if self.caches else (self.trunk_cache, newest)
         return torch.arange(cache.reach(newest), device=positions.device)
 

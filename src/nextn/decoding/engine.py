@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bar
 from torch import Tensor
 
-from nextn.decoding.batch import Batch
+from nextn.decoding.batch import Batch, Step
 from nextn.decoding.building import Code, build, measure
 from nextn.decoding.compiled import CompileError, Progress, on_stderr
 from nextn.decoding.drafting import Asked, Drafter, HeadDrafter
@@ -58,6 +58,7 @@ class Engine(Batch):
         code: the step as machine code; None where it runs eagerly.
         why_eager: why it could not be compiled.
         pace: decides how far to draft, and knows what drafts bring; `paces` are those by number of rows at work.
+        overlaps: whether the next drafts are begun before it is known what a step brought, which a GPU gains by.
         steps: how many steps read so many drafts since the last call of `generate` began, TREE for a tree; `seconds`
             are counted from there too, and what they leave of the time went into the loop.
 
@@ -84,6 +85,7 @@ class Engine(Batch):
         self.stop_tokens = frozenset(stop_tokens)
         self.code: Code | None = None
         self.why_eager: str | None = None
+        self.overlaps = trunk.device.type != "cpu"
         self.paces: dict[int, Pace] = {}
         self.pace = self._new_pace()
         self.steps: Counter[int] = Counter()
@@ -320,8 +322,12 @@ class Engine(Batch):
             before = self.pending.clone(), self.lengths.clone()
             wanted = Asked(tree=self.tree) if choice == TREE else Asked(levels=choice)
         self.fresh = step = self.step(wanted, kind == "greedy")
+        brought = _copied(step)
+        if self.overlaps and wanted is not None and not wanted.tree and kind == "greedy":
+            with self.clock("draft"):
+                self.propose_ahead(wanted)
         with self.clock("verify"):
-            runs, counts = step.run.tolist(), step.accepted.tolist()
+            runs, counts = brought()
         seconds: float | None = time.perf_counter() - begun
         self._plain_ahead = max(0, self._plain_ahead - 1)
         if choice and step.run.shape[1] == 1:  # there was no memory for drafts
@@ -404,6 +410,22 @@ def _checked(depth: int | str | None, tree: Tree | None, n: int) -> int | str:
     if not isinstance(depth, int) or not 0 <= depth <= n - 1:
         raise ValueError(f"depth is {depth!r}; give a number of drafts from 0 to {n - 1}, None for all, or 'auto'.")
     return depth
+
+
+def _copied(step: Step) -> Callable[[], tuple[list[list[int]], list[int]]]:
+    """Begin to copy what a step brought from where it is computed; what is returned waits for it, and lists it."""
+    both = torch.cat([step.run, step.accepted[:, None]], dim=1)
+    copy, done = both.to("cpu", non_blocking=True), torch.cuda.Event() if both.is_cuda else None
+    if done is not None:
+        done.record()
+
+    def listed() -> tuple[list[list[int]], list[int]]:
+        if done is not None:
+            done.synchronize()
+        rows = copy.tolist()
+        return [row[:-1] for row in rows], [row[-1] for row in rows]
+
+    return listed
 
 
 def _by_width(codes: dict[int, Callable[..., Any]], eager: Callable[..., Any]) -> Callable[..., Any]:
