@@ -12,7 +12,7 @@ import nextn
 from conftest import CONFIGS, KINDS, MORE_KINDS, made_up_text, make_host
 from nextn.config import OutputConfig
 from nextn.decoding import building
-from nextn.decoding.compiled import key
+from nextn.decoding.compiled import _in_memory, key
 from nextn.decoding.engine import Engine
 from nextn.decoding.sampling import keys
 from nextn.decoding.verify import Draw, Verify
@@ -47,6 +47,31 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there i
 def test_compiled_heads_give_the_eager_text_and_acceptance(trained_host, cache):
     config = nextn.MultiTokenConfig(n=4, output={"kind": "trimmed", "size": 52}, **KINDS["recurrent"])
     compiles_to_the_same(nextn.attach(copy.deepcopy(trained_host), config).eval(), rows=2)
+
+
+@needs_compiler
+def test_what_a_gpu_runs_is_compiled_once_and_gives_the_eager_text(trained_host, cache, monkeypatch):
+    """All of it but the CUDA graph, on a CPU."""
+    config = nextn.MultiTokenConfig(n=4, output={"kind": "trimmed", "size": 52}, **KINDS["recurrent"])
+    model = nextn.attach(copy.deepcopy(trained_host), config).eval()
+    monkeypatch.setattr(building, "compiled", lambda module, inputs, _progress: _in_memory(module, inputs))
+    engine = model.engine(rows=2).compile()
+    assert engine.code and engine.code.padding == 0
+    prompts = [made_up_text(1, length, seed=length)[0].tolist() for length in (5, 4, 9, 70)]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert decoded(engine, prompts) == decoded(model.engine(rows=2), prompts)
+        assert decoded(engine, prompts[:1]) == decoded(model.engine(rows=2), prompts[:1])  # and with other caches
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_on_a_gpu_graphs_give_the_eager_text(trained_host):
+    config = nextn.MultiTokenConfig(n=4, output={"kind": "trimmed", "size": 52}, **KINDS["recurrent"])
+    model = nextn.attach(copy.deepcopy(trained_host).to("cuda"), config).eval()
+    prompts = [made_up_text(1, length, seed=length)[0].tolist() for length in (5, 4, 9, 70)]
+    engine = model.engine(rows=2).compile()
+    assert engine.code and engine.overlaps
+    for _ in range(2):  # with graphs of these caches there already
+        assert decoded(engine, prompts) == decoded(model.engine(rows=2), prompts)
 
 
 @pytest.mark.slow

@@ -137,6 +137,26 @@ def test_heads_that_catch_up_draft_as_if_they_had_always_been_there(trained_mode
         prompts = [[*text[:-5], 7] for text in texts]  # goes on from a plain step, or from drafts
 
 
+@pytest.mark.parametrize(("rows", "depth"), [(1, None), (3, None), (3, 1)])
+def test_drafts_that_begin_ahead_are_the_same(trained_model, prompts, rows, depth, monkeypatch):
+    """As on a GPU, where the next drafts begin before it is known what a step brought."""
+
+    def run(overlaps: bool) -> tuple[list, dict[int, int], int]:
+        drafter = HeadDrafter(trained_model.trunk, trained_model.heads)
+        propose, rounds = drafter.propose, []
+        monkeypatch.setattr(drafter, "propose", lambda *given: rounds.append(1) or propose(*given))
+        engine = Engine(trained_model.trunk, drafter, rows, depth=depth)
+        engine.overlaps = overlaps
+        results = sorted(engine.generate(prompts, 24), key=lambda item: item[0])
+        return [(each.tokens, each.accepted) for _, each in results], dict(engine.steps), len(rounds)
+
+    (ahead, steps, rounds), (waited, same_steps, fewest) = run(True), run(False)
+    assert (ahead, steps) == (waited, same_steps)
+    # What a text's last step was followed by is for nothing, and so is what stood when another text took a slot.
+    assert rounds <= fewest + 2 * len(prompts)
+    assert (rounds > fewest) == (not trained_model.heads.lookback)
+
+
 @torch.inference_mode()
 def drafted_as_from_scratch(model, texts: list[list[int]], seen: list[tuple[list[int], list[int]]]) -> int:
     """Asserts that a `Watcher` saw what heads propose that meet a text for the first time; how often it looked."""

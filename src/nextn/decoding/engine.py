@@ -323,7 +323,7 @@ class Engine(Batch):
             wanted = Asked(tree=self.tree) if choice == TREE else Asked(levels=choice)
         self.fresh = step = self.step(wanted, kind == "greedy")
         brought = _copied(step)
-        if self.overlaps and wanted is not None and not wanted.tree and kind == "greedy":
+        if self.overlaps and wanted is not None and 0 < choice < step.run.shape[1] and kind == "greedy":
             with self.clock("draft"):
                 self.propose_ahead(wanted)
         with self.clock("verify"):
