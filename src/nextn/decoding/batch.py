@@ -87,6 +87,7 @@ class Batch:
         self.seconds: dict[str, float] = defaultdict(float)
         self.slots: list[Row | None] = []
         self.cache, self._held = RaggedCache(layers=0, rows=0, capacity=0), list[Held]()
+        self._made_for: tuple[int, torch.dtype, torch.device] | None = None
         self.keep_scores = False
 
     def begin(self, rows: Sequence[Row], count: int, goes_on: bool = False) -> None:
@@ -109,20 +110,21 @@ class Batch:
         self.all_rows = torch.arange(count, device=device)
         self.lengths = torch.zeros(count, dtype=torch.long, device=device)
         self.pending = torch.zeros(count, dtype=torch.long, device=device)
-        as_many = len(self.slots) == count
+        made_for = count, self.trunk.dtype, device
+        alike, self._made_for = self._made_for == made_for and len(self.slots) == count, made_for
         interrupted, self.slots = self.slots, [None] * count
-        if not as_many or (not goes_on and room > self.cache.capacity):
+        if not alike or (not goes_on and room > self.cache.capacity):
             self.cache = RaggedCache(len(self.trunk.layers), count, room)
         elif room > self.cache.capacity:
             self.cache.grow(room)
-        if goes_on and as_many:
+        if goes_on and alike:
             for slot, row in enumerate(interrupted):
                 if row is not None:
                     self._held[slot] = Held()
         else:
             self._held = [Held() for _ in range(count)]  # by slot
         if self.drafter:
-            self.drafter.begin(self.cache, keep=goes_on and as_many)
+            self.drafter.begin(self.cache, keep=goes_on and alike)
 
     def leave(self, slot: int, row: Row) -> None:
         """A row is done; its slot is free, and remembers what the cache holds of the text."""

@@ -85,7 +85,7 @@ class Engine(Batch):
         self.stop_tokens = frozenset(stop_tokens)
         self.code: Code | None = None
         self.why_eager: str | None = None
-        self.overlaps = trunk.device.type != "cpu"
+        self.overlaps = trunk.device.type == "cuda"
         self.paces: dict[int, Pace] = {}
         self.pace = self._new_pace()
         self.steps: Counter[int] = Counter()
@@ -415,7 +415,7 @@ def _checked(depth: int | str | None, tree: Tree | None, n: int) -> int | str:
 def _copied(step: Step) -> Callable[[], tuple[list[list[int]], list[int]]]:
     """Begin to copy what a step brought from where it is computed; what is returned waits for it, and lists it."""
     both = torch.cat([step.run, step.accepted[:, None]], dim=1)
-    copy, done = both.to("cpu", non_blocking=True), torch.cuda.Event() if both.is_cuda else None
+    copy, done = both.to("cpu", non_blocking=both.is_cuda), torch.cuda.Event() if both.is_cuda else None
     if done is not None:
         done.record()
 
