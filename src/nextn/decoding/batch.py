@@ -87,7 +87,7 @@ class Batch:
         self.seconds: dict[str, float] = defaultdict(float)
         self.slots: list[Row | None] = []
         self.cache, self._held = RaggedCache(layers=0, rows=0, capacity=0), list[Held]()
-        self._made_for: tuple[int, torch.dtype, torch.device] | None = None
+        self._made_for: tuple[int, torch.dtype, torch.device, bool] | None = None
         self.keep_scores = False
 
     def begin(self, rows: Sequence[Row], count: int, goes_on: bool = False) -> None:
@@ -110,21 +110,22 @@ class Batch:
         self.all_rows = torch.arange(count, device=device)
         self.lengths = torch.zeros(count, dtype=torch.long, device=device)
         self.pending = torch.zeros(count, dtype=torch.long, device=device)
-        made_for = count, self.trunk.dtype, device
+        made_for = count, self.trunk.dtype, device, torch.is_inference_mode_enabled()
         alike, self._made_for = self._made_for == made_for and len(self.slots) == count, made_for
         interrupted, self.slots = self.slots, [None] * count
         if not alike or (not goes_on and room > self.cache.capacity):
             self.cache = RaggedCache(len(self.trunk.layers), count, room)
         elif room > self.cache.capacity:
             self.cache.grow(room)
-        if goes_on and alike:
-            for slot, row in enumerate(interrupted):
-                if row is not None:
-                    self._held[slot] = Held()
-        else:
+        if not (goes_on and alike):
             self._held = [Held() for _ in range(count)]  # by slot
         if self.drafter:
             self.drafter.begin(self.cache, keep=goes_on and alike)
+        for slot in (slot for slot, row in enumerate(interrupted) if alike and row is not None):
+            self._held[slot] = Held()  # what broke off may have left what is not a number
+            self.cache.clear(slot)
+            if self.drafter:
+                self.drafter.forget(slot)
 
     def leave(self, slot: int, row: Row) -> None:
         """A row is done; its slot is free, and remembers what the cache holds of the text."""

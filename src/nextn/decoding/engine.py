@@ -114,13 +114,11 @@ class Engine(Batch):
             eagerly.
         """
         try:
-            self.slots = []  # with caches of its own: what is exported may not be made in inference mode
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # what is exported may not be made in inference mode
                 self.use(build(self, progress, sampling))
         except CompileError as error:
             self.padding, self.why_eager = 0, str(error)
             logger.warning("The engine runs eagerly: %s", error)
-        self.slots = []  # and what runs must be
         return self
 
     def use(self, code: Code) -> Engine:
@@ -355,7 +353,11 @@ class Engine(Batch):
         assert self.fresh is not None
         self.pending[slot], self.lengths[slot] = before[0][slot], before[1][slot]
         self.fresh.positions[slot], self.fresh.rows[slot] = -1, None
-        self.cache.clear(slot, int(before[1][slot]))
+        start = int(before[1][slot])
+        self.cache.clear(slot, start)
+        if self.ahead is not None and isinstance(self.drafter, HeadDrafter):  # these drafts saw that step, too
+            for own in self.drafter.caches:
+                own.clear(slot, start)
         self._plain_ahead = max(1, self._plain_ahead)
 
     def _drafts_to_read(self, kind: str, waiting: bool) -> tuple[int, bool]:
