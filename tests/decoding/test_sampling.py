@@ -14,9 +14,10 @@ from conftest import KINDS, VOCAB, Restless, made_up_text
 from nextn.decoding import choosing
 from nextn.decoding.engine import Engine
 from nextn.decoding.pace import Profile
+from nextn.decoding.rows import Generation, Row
 from nextn.decoding.sampling import Sampling, SamplingError, gumbel, keys, uniform
 from nextn.decoding.tree import Tree
-from nextn.decoding.verify import Draw
+from nextn.decoding.verify import Draw, accept_greedy
 
 PROMPT = made_up_text(1, 9, seed=77)[0].tolist()
 
@@ -150,9 +151,42 @@ def test_noise_is_the_same_for_few_and_for_all_tokens(monkeypatch):
     found = []
     for few in (0.0, 1.1):
         monkeypatch.setattr(choosing, "FEW", few)
-        found.append(choosing._drawn(scores, key, drawing, Draw()))
+        found.append(choosing._drawn(scores, key, drawing, None))
     assert torch.equal(*found) and found[0][2, 2] == -1
     assert torch.equal(found[0][1], scores[1].argmax(-1)) and not torch.equal(found[0][0], scores[0].argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drawn_in_turn_are_the_same_tokens_as_far_as_they_are_emitted(dtype):
+    several = [Sampling(temperature=0.7), Sampling(temperature=1.0), Sampling(), Sampling(temperature=0.7)]
+    rows = [Row(place, Generation([1]), 9, sampling=each, seed=place) for place, each in enumerate(several)]
+    logits = (torch.randn(5, 4, 500, generator=torch.Generator().manual_seed(0)) * 6).to(dtype)
+    logits[1, 2, 3] = torch.nan
+    slots, at = [*rows, None], 5 + torch.arange(4).expand(5, 4)
+    expected, _ = choosing.choose(slots, logits, at, [])
+    drafts = expected[:, :3].clone()
+    drafts[3, 1] += 1
+    found = choosing.choose_in_turn(slots, logits, at, drafts, Draw())
+    assert torch.equal(accept_greedy(drafts, found)[:4], torch.tensor([3, 2, 3, 1])) and expected[1, 2] == -1
+    emitted = torch.tensor([4, 3, 4, 2])
+    assert all(torch.equal(found[row, :count], expected[row, :count]) for row, count in enumerate(emitted))
+    assert found[3].tolist()[2:] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("said", "scaled"),
+    [
+        ({}, True),
+        ({"temperature": 0.7}, True),
+        ({"temperature": 1.0, "processors": [tf.TemperatureLogitsWarper(0.5)]}, True),
+        ({"temperature": 0.7, "processors": [tf.TemperatureLogitsWarper(0.5)]}, False),
+        ({"temperature": 0.7, "top_k": 5}, False),
+        ({"repetition_penalty": 1.2}, False),
+        ({"temperature": 0.7, "method": "rejection"}, False),
+    ],
+)
+def test_which_texts_need_nothing_but_a_temperature(said, scaled):
+    assert Sampling(**said).is_scaled is scaled
 
 
 @pytest.mark.parametrize(("name", "way"), PAIRS)

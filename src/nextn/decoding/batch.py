@@ -19,12 +19,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nextn.config import Tap
-from nextn.decoding.choosing import asked, choose, reject
+from nextn.decoding.choosing import DrawOne, asked, choose, choose_in_turn, reject
 from nextn.decoding.drafting import Asked, Drafter, Drafts, HeadDrafter, fewest_of
 from nextn.decoding.rows import DecodingError, Held, Row, Run
 from nextn.decoding.tree import Tree
 from nextn.decoding.verify import (
-    Draw,
     Score,
     ScoreTree,
     Verify,
@@ -66,7 +65,8 @@ class Batch:
         lengths: how many tokens of each row the cache holds [B].
         fresh: the last step, where the drafter has not seen its states yet.
         ahead: drafts that were made before it was known what that step brought, with the step and what was wanted.
-        verify, score, draw: the step, `Verify`, `Score` and `Draw` or what they were compiled to.
+        verify, score: the step, `Verify` and `Score` or what they were compiled to.
+        draw: what `Draw` was compiled to; None where it was not.
         padding: places of a plain step that hold no token; some machines are faster so.
         turn: another object whenever a batch began.
         seconds: time spent in `prefill`, `verify` (the trunk's forward and what stands of the drafts) and `draft`.
@@ -83,7 +83,7 @@ class Batch:
         self.verify: Callable[..., Any] = Verify(trunk, self.tap)
         self.score: Callable[..., Any] = Score(trunk, self.tap)
         self.score_tree = ScoreTree(trunk, self.tap)
-        self.draw: Callable[..., Any] = Draw()
+        self.draw: DrawOne | None = None
         self.seconds: dict[str, float] = defaultdict(float)
         self.slots: list[Row | None] = []
         self.cache, self._held = RaggedCache(layers=0, rows=0, capacity=0), list[Held]()
@@ -260,7 +260,18 @@ class Batch:
             return Step(list(self.slots), run[:, :width], accepted, tapped[:, :width], positions[:, :width])
         logits, tapped, positions = self.score(*inputs)
         logits = logits[:, :width]
+        run, accepted, scores = self._judged(drafts, logits)
+        positions, tapped = only_standing(positions[:, :width], accepted), tapped[:, :width]
+        self.pending, self.lengths = standing(run, accepted, self.lengths)
+        return Step(list(self.slots), run, accepted, tapped, positions, scores, logits)
+
+    def _judged(self, drafts: Drafts, logits: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What each row chooses by its own sampling, how many drafts stand, and the scores where they were needed."""
+        tokens, width = drafts.tokens, drafts.tokens.shape[1] + 1
         at = self.lengths[:, None] + 1 + torch.arange(width, device=tokens.device)
+        if self.draw and not self.keep_scores and all(row is None or row.sampling.is_scaled for row in self.slots):
+            run = choose_in_turn(self.slots, logits, at, tokens, self.draw)
+            return run, accept_greedy(tokens, run), None
         branches: list[list[list[int]]] = []
         if any(row is not None and row.sampling.reads_text for row in self.slots):
             branches = [[row[:place] for place in range(width)] for row in tokens.clamp(min=0).tolist()]
@@ -268,9 +279,7 @@ class Batch:
         accepted = accept_greedy(tokens, run)
         if width > 1:
             reject(self.slots, drafts, scores, run, accepted)
-        positions, tapped = only_standing(positions[:, :width], accepted), tapped[:, :width]
-        self.pending, self.lengths = standing(run, accepted, self.lengths)
-        return Step(list(self.slots), run, accepted, tapped, positions, scores, logits)
+        return run, accepted, scores
 
     def verify_tree(self, drafts: Drafts) -> Step:
         assert drafts.shape is not None

@@ -14,6 +14,7 @@ import torch
 
 from nextn.config import cache_directory
 from nextn.decoding.batch import Step
+from nextn.decoding.choosing import DrawOne
 from nextn.decoding.compiled import Progress, compiled, key, machine_name, recall, remember
 from nextn.decoding.drafting import Asked, Codes, Draft, Drafts, HeadDrafter, NoisyDraft
 from nextn.decoding.pace import TREE, Profile
@@ -29,7 +30,7 @@ PADDING = 3  # 4 tokens a step: what small matrix kernels take at once on some C
 # How often each kind of step is timed at most, and until how many seconds have passed: with a quarter of them what a
 # draft takes over a plain step came out as 1.16 to 1.43, by turns.
 TURNS, LONGEST = 32, 4.0
-METHOD = 2  # another number where steps changed so much, or how they are timed, that profiles which were kept are off
+METHOD = 3  # another number where steps changed so much, or how they are timed, that profiles which were kept are off
 DRAWN = -2  # beside TREE: a plain step whose tokens are drawn
 
 
@@ -40,7 +41,7 @@ class Code:
     depths: for how many drafts a row there is code.
     verify, score: what `Verify` and `Score` compute, by the width of `drafts`, padding included.
     padding: see `Batch`.
-    draw: what `Draw` computes; for chance, on a CPU.
+    draw: what `Draw` computes; for chance, on a CPU alone.
     drafts, noisy_drafts: what `Draft` and `NoisyDraft` compute, by how many drafts they make; noisy ones for chance.
     """
 
@@ -48,7 +49,7 @@ class Code:
     verify: dict[int, Callable[..., Any]]
     padding: int = 0
     score: dict[int, Callable[..., Any]] = field(default_factory=dict)
-    draw: Callable[..., Any] = field(default_factory=Draw)
+    draw: DrawOne | None = None
     drafts: Codes = field(default_factory=dict)
     noisy_drafts: Codes = field(default_factory=dict)
 
@@ -116,12 +117,14 @@ def _plain_step(engine: Engine, module: type[Score], progress: Progress) -> tupl
     return codes[choice], paddings[choice]
 
 
-def _draw(engine: Engine, progress: Progress) -> Callable[..., Any]:
+def _draw(engine: Engine, progress: Progress) -> DrawOne | None:
     if engine.trunk.device.type != "cpu":  # where all vocabularies at once take one launch an operation
-        return Draw()
-    inputs = torch.zeros(engine.trunk.vocab_size), torch.zeros((), dtype=torch.long)
-    code = compiled(Draw(), inputs, progress)
-    return lambda scores, key: code(scores, key)[0]
+        return None
+    by_dtype = {}
+    for dtype in (engine.trunk.dtype, torch.float32):  # of logits, and of what processors made of them
+        scores = torch.zeros(engine.trunk.vocab_size, dtype=dtype)
+        by_dtype[dtype] = compiled(Draw(), (scores, torch.ones(()), torch.zeros((), dtype=torch.long)), progress)
+    return lambda scores, temperature, key: by_dtype[scores.dtype](scores, temperature, key)[0]
 
 
 def _judging(score: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,12 +12,13 @@ from nextn.decoding.drafting import Asked, Drafts
 from nextn.decoding.rows import Row
 from nextn.decoding.sampling import DRAFT, RESIDUAL, STANDS, Sampling, gumbel, keys, uniform
 from nextn.decoding.tree import Chances
-from nextn.decoding.verify import accept_by_rejection, chosen
+from nextn.decoding.verify import Draw, accept_by_rejection, chosen
 
 FEW = 0.3  # of all tokens; a CPU picks so few out faster than it gives noise to all
 ROUND = 256  # more than any number of drafts: (position, draft) as one number
 
 Between = Sequence[Sequence[Sequence[int]]]
+DrawOne = Callable[[Tensor, Tensor, Tensor], Tensor]  # see `Draw`
 
 
 def choose(
@@ -25,14 +26,14 @@ def choose(
     logits: Tensor,
     at: Tensor,
     branches: Between,
-    draw: Callable[[Tensor, Tensor], Tensor],
+    draw: DrawOne | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The trunk's choices [B, W] from logits [B, W, V], and the scores that they were made by.
 
     Args:
         at: the places in the text of the tokens that are chosen [B, W].
         branches: see `scores_of`.
-        draw: `Draw` or what it was compiled to.
+        draw: what `Draw` was compiled to.
     """
     scores = scores_of(rows, logits, branches)
     # What rejection decides over the drafts of needs no noise here.
@@ -44,7 +45,32 @@ def choose(
     return _drawn(scores, keys(_seeds(rows, at.device), at), drawing, draw), scores
 
 
-def _drawn(scores: Tensor, key: Tensor, drawing: Sequence[bool], draw: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def choose_in_turn(
+    rows: Sequence[Row | None],
+    logits: Tensor,
+    at: Tensor,
+    drafts: Tensor,
+    draw: DrawOne,
+) -> Tensor:
+    """As `choose`, where temperatures are all that is asked; a token behind a draft that fails is not drawn, but 0.
+
+    Args:
+        drafts: [B, W-1], see `accept_greedy`.
+    """
+    key, tokens = keys(_seeds(rows, at.device), at), torch.zeros_like(at)
+    for slot, row in enumerate(rows):
+        if row is None or not row.sampling.by_chance:
+            tokens[slot] = chosen(logits[slot])
+            continue
+        temperature = torch.tensor(row.sampling.draft_temperature)
+        for place, draft in enumerate([*drafts[slot].tolist(), -1]):
+            tokens[slot, place] = token = draw(logits[slot, place], temperature, key[slot, place])
+            if int(token) != draft:
+                break
+    return tokens
+
+
+def _drawn(scores: Tensor, key: Tensor, drawing: Sequence[bool], draw: DrawOne | None) -> Tensor:
     """Tokens [B, W] by scores [B, W, V] and the noise of keys [B, W]; the best ones where a row does not draw."""
     # Noise lies between -2.9 and 22.2: nothing that is further behind the best token can win.
     likely = scores > scores.amax(dim=-1, keepdim=True) - 25.2
@@ -54,10 +80,10 @@ def _drawn(scores: Tensor, key: Tensor, drawing: Sequence[bool], draw: Callable[
         noise = gumbel(key[row, place], token[:, None])[:, 0]
         return chosen(scores.index_put((row, place, token), noise, accumulate=True))
     # One vocabulary after the other stays in a CPU's cache, and needs no fresh memory for each operation.
-    tokens = torch.empty_like(key) if all(drawing) else chosen(scores)
+    tokens, draw, one = torch.empty_like(key) if all(drawing) else chosen(scores), draw or Draw(), torch.ones(())
     for slot in (slot for slot, draws in enumerate(drawing) if draws):
         for at in range(key.shape[1]):
-            tokens[slot, at] = draw(scores[slot, at], key[slot, at])
+            tokens[slot, at] = draw(scores[slot, at], one, key[slot, at])
     return tokens
 
 

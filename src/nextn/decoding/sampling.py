@@ -126,6 +126,12 @@ class Sampling:
         return LogitsProcessorList(found)
 
     @cached_property
+    def is_scaled(self) -> bool:
+        """Whether a token is drawn or chosen by logits over a temperature, with nothing else in between."""
+        warpers = self.all_processors
+        return not self.rejects and len(warpers) <= 1 and all(type(each) is TemperatureLogitsWarper for each in warpers)
+
+    @cached_property
     def settings(self) -> tuple:
         """What scores are made by: rows with equal settings are processed together."""
         numbers = self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty

@@ -98,13 +98,14 @@ def chosen(scores: Tensor) -> Tensor:
 
 
 class Draw(nn.Module):
-    """The token [] that the noise of a key [] draws from scores [V].
+    """The token [] that the noise of a key [] draws from scores [V] at a temperature [].
 
     Some fifty operations on a vocabulary: worth compiling into one loop.
     """
 
-    def forward(self, scores: Tensor, key: Tensor) -> Tensor:
-        return chosen(scores + gumbel(key, torch.arange(scores.shape[-1], device=scores.device)))
+    def forward(self, scores: Tensor, temperature: Tensor, key: Tensor) -> Tensor:
+        noise = gumbel(key, torch.arange(scores.shape[-1], device=scores.device))
+        return chosen(scores.float() / temperature + noise)
 
 
 class Score(nn.Module):
