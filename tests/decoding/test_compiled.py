@@ -12,7 +12,7 @@ import nextn
 from conftest import CONFIGS, KINDS, MORE_KINDS, made_up_text, make_host
 from nextn.config import OutputConfig
 from nextn.decoding import building
-from nextn.decoding.compiled import _in_memory, key
+from nextn.decoding.compiled import _in_memory, key, on_stderr
 from nextn.decoding.engine import Engine
 from nextn.decoding.sampling import keys
 from nextn.decoding.verify import Draw, Verify
@@ -101,10 +101,19 @@ def test_compiled_sampling_and_depths_give_the_eager_text(trained_host, cache):
     what_is_drawn_is_the_same(engine.code.draw, model.trunk.vocab_size)
 
 
-def what_is_drawn_is_the_same(draw, vocab_size: int) -> None:
+@needs_compiler
+def test_what_draws_takes_logits_and_scores_alike(trained_host, cache):
+    engine = Engine(Trunk(copy.deepcopy(trained_host).bfloat16()), None)
+    draw = building._draw(engine, on_stderr)
+    assert draw is not None
+    for dtype in (torch.bfloat16, torch.float32):
+        what_is_drawn_is_the_same(draw, engine.trunk.vocab_size, dtype)
+
+
+def what_is_drawn_is_the_same(draw, vocab_size: int, dtype: torch.dtype = torch.float32) -> None:
     scores = torch.randn(200, vocab_size, generator=torch.Generator().manual_seed(0)) * 4
     scores[:50, ::2], scores[50, 3], scores[51], scores[52, 5] = -torch.inf, torch.nan, -torch.inf, torch.inf
-    key = keys(torch.arange(10), torch.arange(20).expand(10, -1)).flatten()
+    key, scores = keys(torch.arange(10), torch.arange(20).expand(10, -1)).flatten(), scores.to(dtype)
     temperatures = torch.tensor([1.0, 0.7]).repeat(100)
     expected = [int(Draw()(*each)) for each in zip(scores, temperatures, key, strict=True)]
     assert [int(draw(*each)) for each in zip(scores, temperatures, key, strict=True)] == expected
@@ -195,6 +204,8 @@ def test_the_key_tells_apart_what_compiles_differently(trained_host):
     ]
     assert len(set(keys)) == len(keys)
     assert key_of(copy.deepcopy(trained_host)) == keys[0]
+    at_one = torch.ones(()), torch.zeros((), dtype=torch.long)
+    assert key(Draw(), (torch.zeros(61), *at_one)) != key(Draw(), (torch.zeros(61, dtype=torch.bfloat16), *at_one))
 
 
 @pytest.mark.parametrize("padding", [1, 3])

@@ -29,7 +29,7 @@ class ScriptedDrafter:
     def begin(self, cache, keep=False) -> None:
         self.text_of: dict[int, list[int]] = {}
 
-    def forget(self, row, all_of_it=True) -> None:
+    def forget(self, row, start=0) -> None:
         pass
 
     def propose(self, hidden, positions, following, last, rows, asked=None):

@@ -223,7 +223,7 @@ class Batch:
         lookback = self.drafter.heads.lookback if isinstance(self.drafter, HeadDrafter) else 0
         held.hand_over(row, back=1 + lookback if self.drafter else 0)
         if self.drafter:
-            self.drafter.forget(slot, all_of_it=row.read == 0)
+            self.drafter.forget(slot, start=row.read)
 
     # --- what stands ------------------------------------------------------------------------------------------
 

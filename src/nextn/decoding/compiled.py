@@ -179,7 +179,7 @@ def key(module: nn.Module, inputs: tuple[Any, ...]) -> str:
         stored: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         digest.update(stored)
     fixed, buffers = _parts(inputs)
-    shapes = [tuple(tensor.shape) for tensor in fixed]
+    shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in fixed]
     layers = [(*pair[0].shape[:2], pair[0].shape[3], pair[1].shape[3], pair[0].dtype) for pair in buffers or []]
     digest.update(f"{shapes} {layers}".encode())
     return digest.hexdigest()[:24]

@@ -44,8 +44,8 @@ class Drafter(Protocol):
             keep: whether what it holds of the rows stays.
         """
 
-    def forget(self, row: int, all_of_it: bool = True) -> None:
-        """Another text begins in a row; or one that is like it up to a point goes on from there."""
+    def forget(self, row: int, start: int = 0) -> None:
+        """Another text begins in a row; or one that is like it up to a position goes on from there."""
 
     def propose(
         self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, rows: Tensor, asked: Asked
@@ -143,10 +143,10 @@ class HeadDrafter:
         self.past_following = torch.zeros(rows, back, dtype=torch.long, device=self.trunk.device)
         self.has_past = torch.zeros(rows, dtype=torch.bool, device=self.trunk.device)
 
-    def forget(self, row: int, all_of_it: bool = True) -> None:
+    def forget(self, row: int, start: int = 0) -> None:
         self.has_past[row] = False
-        for cache in self.caches if all_of_it else []:
-            cache.clear(row)
+        for cache in self.caches:
+            cache.clear(row, start)
 
     def propose(
         self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, rows: Tensor, asked: Asked = BEST

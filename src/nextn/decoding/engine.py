@@ -355,9 +355,8 @@ class Engine(Batch):
         self.fresh.positions[slot], self.fresh.rows[slot] = -1, None
         start = int(before[1][slot])
         self.cache.clear(slot, start)
-        if self.ahead is not None and isinstance(self.drafter, HeadDrafter):  # these drafts saw that step, too
-            for own in self.drafter.caches:
-                own.clear(slot, start)
+        if self.ahead is not None and self.drafter:  # these drafts saw that step, too
+            self.drafter.forget(slot, start)
         self._plain_ahead = max(1, self._plain_ahead)
 
     def _drafts_to_read(self, kind: str, waiting: bool) -> tuple[int, bool]:
