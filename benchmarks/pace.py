@@ -58,7 +58,7 @@ class Replay:
 
     def text(self, recorded: list[list[int]], sampled: bool) -> float:
         """One batch of texts: the speed over plain steps."""
-        kind, drawing = ("scores", DRAWING * self.rows) if sampled else ("greedy", 0.0)
+        kind, drawing = ("scores", DRAWING) if sampled else ("greedy", 0.0)
         left, tallies = [NEW_TOKENS - 1] * self.rows, [Tally.empty(max(self.step)) for _ in recorded]
         prefill = self.rows * PROMPT * READING
         seconds, unseen = prefill, self.rows * PROMPT
@@ -69,8 +69,9 @@ class Replay:
             if active != chosen_for or not self.stays_plain():
                 choice = self.choose([(tallies[row], left[row]) for row in active], behind=behind, kind=kind)
             chosen_for = active
-            took = self._seconds(self.step[choice] + drawing * (1 + choice), unseen if choice and behind else 0)
             stood = [min(choice, self.random.choice(recorded[row])) for row in active]
+            emitted = len(active) + sum(stood)
+            took = self._seconds(self.step[choice] + drawing * emitted, unseen if choice and behind else 0)
             self.note(
                 choice, [(tallies[row], count) for row, count in zip(active, stood, strict=True)], took, behind, kind
             )
@@ -78,7 +79,7 @@ class Replay:
                 left[row] -= 1 + count
             seconds += took / math.exp(self.drift)
             unseen = sum(1 + count for count in stood) if choice else unseen + len(active)
-        return (prefill + (NEW_TOKENS - 1) * (self.step[0] + drawing)) / seconds
+        return (prefill + (NEW_TOKENS - 1) * (self.step[0] + drawing * self.rows)) / seconds
 
     def _seconds(self, step: float, unseen: int) -> float:
         self.drift = self.drift * (1 - 1 / MEMORY) + self.random.gauss(0, DRIFT)

@@ -122,19 +122,20 @@ def test_what_greedy_texts_accept_says_nothing_of_drawn_ones():
     assert pace.choose([(Tally.empty(1), 100)]) == 1
 
 
-def test_where_drawing_takes_time_it_is_drafted_less_far_from_the_first_step_on():
-    greedy, drawn = {0: 1.0, 1: 1.2, 3: 1.4}, 1.5
+def test_where_drawing_takes_time_drafts_bring_less_from_the_first_step_on():
+    greedy, drawn = {0: 1.0, 1: 1.6}, 1.5
 
     def first(profile: Profile) -> int:
-        pace, text = Pace(3, profile), Tally.empty(3)
+        pace, text = Pace(1, profile), Tally.empty(1)
         for _ in range(8):
             pace.note(pace.choose([(text, 100)], kind="scores"), [(text, 0)], drawn, kind="scores")
         return pace.choose([(text, 100)], kind="scores")
 
-    assert first(Profile(greedy)) == 3  # believed to take 1.4 plain steps
-    # Three take (1.4 + 4 * 0.5) / 1.5 = 2.3 plain ones, one (1.2 + 2 * 0.5) / 1.5 = 1.5, for 2.5 and 1.7 tokens.
-    assert first(Profile(greedy, drawn=drawn)) == 1
-    assert Pace(3, Profile(greedy, drawn=drawn)).choose([(Tally.empty(3), 100)]) == 3
+    assert first(Profile(greedy)) == 1  # believed to take 1.6 plain steps for 1.7 tokens
+    # It takes (1.6 + 1.7 * 0.5) / 1.5 = 1.63 plain ones: every token that is emitted must be drawn.
+    profile = Profile(greedy, drawn=drawn)
+    assert first(profile) == 0 and Pace(1, profile).over_plain("scores", 1) == pytest.approx(2.45 / 1.5)
+    assert Pace(1, profile).choose([(Tally.empty(1), 100)]) == 1
 
 
 def test_deeper_drafts_are_tried_again():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nextn.config import Tap
-from nextn.decoding.choosing import DrawOne, asked, choose, choose_in_turn, reject
+from nextn.decoding.choosing import DrawOne, asked, choose, decide
 from nextn.decoding.drafting import Asked, Drafter, Drafts, HeadDrafter, fewest_of
 from nextn.decoding.rows import DecodingError, Held, Row, Run
 from nextn.decoding.tree import Tree
@@ -27,7 +27,6 @@ from nextn.decoding.verify import (
     Score,
     ScoreTree,
     Verify,
-    accept_greedy,
     follow,
     only_standing,
     standing,
@@ -42,9 +41,9 @@ class Step:
     """What a step brought to all rows.
 
     rows: the texts that it was a step of.
-    run: the tokens after each state [B, W]; row b emits the first accepted + 1 of them.
+    run: the tokens after each state [B, W]; row b emits the first accepted + 1 of them, and the others mean nothing.
     tapped, positions: the states [B, W, D], and where they stand [B, W], -1 where they are not of the text.
-    scores, logits: of the tokens of `run` [B, W, V], where they are kept.
+    scores, logits: of the tokens of `run` [B, W, V]; None where nobody asked for them.
     """
 
     rows: list[Row | None]
@@ -99,9 +98,7 @@ class Batch:
             goes_on: keep what the slots hold, if there are as many.
         """
         device = self.trunk.device
-        room = max((len(row.result.prompt) + row.limit for row in rows), default=0)
-        # A tree lies behind the text, whatever its nodes' places in it.
-        room += 0 if self.tree is None else max(self.tree.nodes, self.tree.beam * self.n)
+        room = self._room(rows)
         self.turn = object()
         self.seconds = defaultdict(float)
         self.fresh: Step | None = None
@@ -113,19 +110,27 @@ class Batch:
         made_for = count, self.trunk.dtype, device, torch.is_inference_mode_enabled()
         alike, self._made_for = self._made_for == made_for and len(self.slots) == count, made_for
         interrupted, self.slots = self.slots, [None] * count
-        if not alike or (not goes_on and room > self.cache.capacity):
-            self.cache = RaggedCache(len(self.trunk.layers), count, room)
-        elif room > self.cache.capacity:
-            self.cache.grow(room)
+        if goes_on and alike:
+            goes_on = alike = _fits(partial(self._grow, room)) is not None
         if not (goes_on and alike):
+            if not alike or room > self.cache.capacity or not self.cache.is_filled:
+                self.cache = RaggedCache(len(self.trunk.layers), count, room)
             self._held = [Held() for _ in range(count)]  # by slot
-        if self.drafter:
-            self.drafter.begin(self.cache, keep=goes_on and alike)
+            if self.drafter:
+                self.drafter.begin(self.cache)
         for slot in (slot for slot, row in enumerate(interrupted) if alike and row is not None):
             self._held[slot] = Held()  # what broke off may have left what is not a number
             self.cache.clear(slot)
             if self.drafter:
                 self.drafter.forget(slot)
+
+    def _grow(self, room: int) -> bool:
+        """Make room for longer texts beside what the slots hold."""
+        if room > self.cache.capacity:
+            self.cache.grow(room)
+        if self.drafter:
+            self.drafter.begin(self.cache, keep=True)
+        return True
 
     def leave(self, slot: int, row: Row) -> None:
         """A row is done; its slot is free, and remembers what the cache holds of the text."""
@@ -162,19 +167,53 @@ class Batch:
         long = [slot for slot in slots if self._todo(slot) > self.chunk]
         short = [slot for slot in slots if slot not in long]
         for group in [*([slot] for slot in long), *([short] if short else [])]:
-            self._prefill(group, self.chunk)
+            self._prefill(group, self.chunk, waiting)
 
-    def _prefill(self, slots: list[int], chunk: int) -> None:
+    def _prefill(self, slots: list[int], chunk: int, waiting: Iterable[Row]) -> None:
         """Read the prompts of some slots; where memory does not suffice, one by one and then in smaller parts."""
-        if _fits(partial(self._read, slots, chunk)):
+        slots = [slot for slot in slots if (row := self.slots[slot]) is not None and not row.result.finish]
+        if not slots or _fits(partial(self._read, slots, chunk)):
             return
-        if len(slots) > 1:
+        if not self.cache.is_filled and self._end_what_has_no_room(waiting):
+            self._prefill(slots, chunk, waiting)
+        elif len(slots) > 1:
             for slot in slots:
-                self._prefill([slot], chunk)
+                self._prefill([slot], chunk, waiting)
         elif chunk > 8:
-            self._prefill(slots, chunk // 2)
+            self._prefill(slots, chunk // 2, waiting)
         elif (row := self.slots[slots[0]]) is not None:
             row.fail(DecodingError(f"There is not enough memory for a prompt of {len(row.result.prompt)} tokens."))
+
+    def _end_what_has_no_room(self, waiting: Iterable[Row]) -> bool:
+        """Whether there is no memory for the cache; then the longest texts end, until there is for the others."""
+        ended = False
+        while not _fits(self._fill):
+            texts = [row for row in (*waiting, *self.slots) if row is not None and not row.result.finish]
+            if not texts:
+                return True
+            longest = self._room(texts)
+            why = f"There is not enough memory for {len(self.slots)} rows of {longest} tokens: take fewer or shorter."
+            for row in texts:
+                if self._room([row]) == longest:
+                    row.fail(DecodingError(why))
+            rest = [row for row in texts if not row.result.finish]
+            self.cache, ended = RaggedCache(len(self.trunk.layers), len(self.slots), self._room(rest)), True
+            if self.drafter:
+                self.drafter.begin(self.cache)
+        return ended
+
+    def _fill(self) -> bool:
+        """Have the cache make its buffers, by a token that is written where nobody reads."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.lengths.device)
+        visible = self.cache.place(token - 1, rows=token[0])
+        self.trunk.run(token, token - 1, visible, self.cache, self.tap)
+        return True
+
+    def _room(self, rows: Sequence[Row]) -> int:
+        """How many positions the longest of some texts needs."""
+        room = max((len(row.result.prompt) + row.limit for row in rows), default=0)
+        # A tree lies behind the text, whatever its nodes' places in it.
+        return room if self.tree is None else room + max(self.tree.nodes, self.tree.beam * self.n)
 
     def _read(self, slots: list[int], chunk: int) -> bool:
         """The trunk over what is new of some prompts, several ones in one part; emits the tokens after them."""
@@ -260,26 +299,10 @@ class Batch:
             return Step(list(self.slots), run[:, :width], accepted, tapped[:, :width], positions[:, :width])
         logits, tapped, positions = self.score(*inputs)
         logits = logits[:, :width]
-        run, accepted, scores = self._judged(drafts, logits)
+        run, accepted, scores = decide(self.slots, drafts, logits, self.lengths, self.draw, self.keep_scores)
         positions, tapped = only_standing(positions[:, :width], accepted), tapped[:, :width]
         self.pending, self.lengths = standing(run, accepted, self.lengths)
         return Step(list(self.slots), run, accepted, tapped, positions, scores, logits)
-
-    def _judged(self, drafts: Drafts, logits: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What each row chooses by its own sampling, how many drafts stand, and the scores where they were needed."""
-        tokens, width = drafts.tokens, drafts.tokens.shape[1] + 1
-        at = self.lengths[:, None] + 1 + torch.arange(width, device=tokens.device)
-        if self.draw and not self.keep_scores and all(row is None or row.sampling.is_scaled for row in self.slots):
-            run = choose_in_turn(self.slots, logits, at, tokens, self.draw)
-            return run, accept_greedy(tokens, run), None
-        branches: list[list[list[int]]] = []
-        if any(row is not None and row.sampling.reads_text for row in self.slots):
-            branches = [[row[:place] for place in range(width)] for row in tokens.clamp(min=0).tolist()]
-        run, scores = choose(self.slots, logits, at, branches, self.draw)
-        accepted = accept_greedy(tokens, run)
-        if width > 1:
-            reject(self.slots, drafts, scores, run, accepted)
-        return run, accepted, scores
 
     def verify_tree(self, drafts: Drafts) -> Step:
         assert drafts.shape is not None

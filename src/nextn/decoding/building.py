@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from nextn.config import cache_directory
 from nextn.decoding.batch import Step
@@ -120,11 +121,16 @@ def _plain_step(engine: Engine, module: type[Score], progress: Progress) -> tupl
 def _draw(engine: Engine, progress: Progress) -> DrawOne | None:
     if engine.trunk.device.type != "cpu":  # where all vocabularies at once take one launch an operation
         return None
-    by_dtype = {}
+    temperature, key, codes = torch.ones((), dtype=torch.float32), torch.zeros((), dtype=torch.long), {}
     for dtype in (engine.trunk.dtype, torch.float32):  # of logits, and of what processors made of them
         scores = torch.zeros(engine.trunk.vocab_size, dtype=dtype)
-        by_dtype[dtype] = compiled(Draw(), (scores, torch.ones(()), torch.zeros((), dtype=torch.long)), progress)
-    return lambda scores, temperature, key: by_dtype[scores.dtype](scores, temperature, key)[0]
+        codes[dtype] = compiled(Draw(), (scores, temperature, key), progress)
+
+    def draw(scores: Tensor, *rest: Tensor) -> Tensor:
+        code = codes.get(scores.dtype)
+        return code(scores, *rest)[0] if code else Draw()(scores, *rest)
+
+    return draw
 
 
 def _judging(score: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,13 +12,43 @@ from nextn.decoding.drafting import Asked, Drafts
 from nextn.decoding.rows import Row
 from nextn.decoding.sampling import DRAFT, RESIDUAL, STANDS, Sampling, gumbel, keys, uniform
 from nextn.decoding.tree import Chances
-from nextn.decoding.verify import Draw, accept_by_rejection, chosen
+from nextn.decoding.verify import Draw, accept_by_rejection, accept_greedy, chosen
 
 FEW = 0.3  # of all tokens; a CPU picks so few out faster than it gives noise to all
 ROUND = 256  # more than any number of drafts: (position, draft) as one number
 
 Between = Sequence[Sequence[Sequence[int]]]
 DrawOne = Callable[[Tensor, Tensor, Tensor], Tensor]  # see `Draw`
+
+
+def decide(
+    rows: Sequence[Row | None], drafts: Drafts, logits: Tensor, lengths: Tensor, draw: DrawOne | None, keep_scores: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What each row chooses in its own way after its pending token and after each draft of a chain.
+
+    Args:
+        logits: the trunk's [B, W, V].
+        lengths: where in their texts the pending tokens stand [B].
+        draw: what `Draw` was compiled to; None where it was not.
+        keep_scores: whether the scores are wanted.
+
+    Returns:
+        the run [B, W], of which accepted + 1 tokens are emitted; accepted [B]; the scores [B, W, V], None where nobody
+        needed them.
+    """
+    tokens, width = drafts.tokens, logits.shape[1]
+    at = lengths[:, None] + 1 + torch.arange(width, device=logits.device)
+    if draw is not None and not keep_scores and all(row is None or row.sampling.is_scaled for row in rows):
+        run = choose_in_turn(rows, logits, at, tokens, draw)
+        return run, accept_greedy(tokens, run), None
+    branches: list[list[list[int]]] = []
+    if any(row is not None and row.sampling.reads_text for row in rows):
+        branches = [[row[:place] for place in range(width)] for row in tokens.clamp(min=0).tolist()]
+    run, scores = choose(rows, logits, at, branches, draw)
+    accepted = accept_greedy(tokens, run)
+    if width > 1:
+        reject(rows, drafts, scores, run, accepted)
+    return run, accepted, scores
 
 
 def choose(
@@ -62,7 +92,7 @@ def choose_in_turn(
         if row is None or not row.sampling.by_chance:
             tokens[slot] = chosen(logits[slot])
             continue
-        temperature = torch.tensor(row.sampling.draft_temperature)
+        temperature = torch.tensor(row.sampling.draft_temperature, dtype=torch.float32)
         for place, draft in enumerate([*drafts[slot].tolist(), -1]):
             tokens[slot, place] = token = draw(logits[slot, place], temperature, key[slot, place])
             if int(token) != draft:
@@ -80,10 +110,11 @@ def _drawn(scores: Tensor, key: Tensor, drawing: Sequence[bool], draw: DrawOne |
         noise = gumbel(key[row, place], token[:, None])[:, 0]
         return chosen(scores.index_put((row, place, token), noise, accumulate=True))
     # One vocabulary after the other stays in a CPU's cache, and needs no fresh memory for each operation.
-    tokens, draw, one = torch.empty_like(key) if all(drawing) else chosen(scores), draw or Draw(), torch.ones(())
+    tokens = torch.empty_like(key) if all(drawing) else chosen(scores)
+    draw_one, as_they_are = draw or Draw(), torch.ones((), dtype=torch.float32)
     for slot in (slot for slot, draws in enumerate(drawing) if draws):
         for at in range(key.shape[1]):
-            tokens[slot, at] = draw(scores[slot, at], one, key[slot, at])
+            tokens[slot, at] = draw_one(scores[slot, at], as_they_are, key[slot, at])
     return tokens
 
 

@@ -240,6 +240,7 @@ class Engine(Batch):
             )
         # What is compiled has a fixed number of rows; otherwise a free row would cost for nothing.
         count = self.rows if self.code or self.keep else max(1, min(self.rows, len(rows)))
+        self.keep_scores = keep_scores
         self.pace = self.paces.setdefault(count, self._new_pace())
         if self.depth == "auto" and self.drafter and self.pace.profile is None and rows:
             self._measure(count)
@@ -247,7 +248,6 @@ class Engine(Batch):
         self.begin(rows, count, goes_on=self.keep)
         turn = self.turn
         self.steps, self._plain_ahead, self._asked_for = Counter(), 0, ()
-        self.keep_scores = keep_scores
         finished = [row for row in rows if not row.limit]
         for row in finished:
             row.result.finish = "length"
@@ -296,14 +296,14 @@ class Engine(Batch):
         return [row for _, row in done]
 
     def _drop_cancelled(self, waiting: deque[Row]) -> list[Row]:
-        """Mark what was cancelled; those that still wait leave at once."""
+        """Mark what was cancelled; those that still wait, or for which there was no memory, leave at once."""
         asked, self._cancelled = self._cancelled, set()
         for row in self.slots:
             if row is not None and row.index in asked and not row.result.finish:
                 row.result.finish = "cancelled"
-        left = [row for row in waiting if row.index in asked]
+        left = [row for row in waiting if row.index in asked or row.result.finish]
         for row in left:
-            row.result.finish = "cancelled"
+            row.result.finish = row.result.finish or "cancelled"
             waiting.remove(row)
         return left
 

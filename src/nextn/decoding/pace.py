@@ -284,7 +284,7 @@ class Pace:
 
     def _note_seconds(self, choice: int, seconds: float, behind: bool, kind: str, follows: bool) -> None:
         if choice and behind:
-            self._catching_up.append(max(0.0, seconds - self._plain_seconds(kind) * self._ratio(kind, choice)))
+            self._catching_up.append(max(0.0, seconds - self._plain_seconds(kind) * self.over_plain(kind, choice)))
             return
         recent = self._recent.setdefault(kind, deque(maxlen=RECENT))
         before = recent[-1][0] if recent and follows else 0
@@ -305,11 +305,12 @@ class Pace:
         return self._over_plain.setdefault((kind, choice), deque([self._at_first(kind, choice)], maxlen=COMPARISONS))
 
     def _at_first(self, kind: str, choice: int) -> float:
-        """What a choice was measured to take over a plain step; where tokens are drawn every one takes longer."""
+        """What a choice was measured to take over a plain step; to draw what is emitted takes time as well."""
         assert self.profile is not None
         plain = self._measured(0)
         drawing = 0.0 if kind == "greedy" else max(0.0, (self.profile.drawn or 0.0) - plain)
-        return (self._measured(choice) + (1 + max(0, choice)) * drawing) / (plain + drawing)
+        emitted = self.tokens(Tally.empty(self.drafts), max(0, choice))
+        return (self._measured(choice) + emitted * drawing) / (plain + drawing)
 
     def _measured(self, choice: int) -> float:
         assert self.profile is not None
@@ -319,9 +320,10 @@ class Pace:
         """What a plain step would take now, by steps of whatever choice."""
         if not (recent := self._recent.get(kind)):
             return self._measured(0)
-        return statistics.median(seconds / self._ratio(kind, choice) for choice, seconds in recent)
+        return statistics.median(seconds / self.over_plain(kind, choice) for choice, seconds in recent)
 
-    def _ratio(self, kind: str, choice: int) -> float:
+    def over_plain(self, kind: str, choice: int) -> float:
+        """How many plain steps a step takes now: as measured at first, and as followed since."""
         return statistics.median(self._comparisons(kind, choice)) if choice else 1.0
 
     def _soonest(
@@ -343,7 +345,7 @@ class Pace:
 
         choices = [*self.profile.step, *([TREE] if self.profile.tree is not None and self.tree is not None else [])]
         plain_step = self._plain_seconds(kind)
-        step = {choice: plain_step * self._ratio(kind, choice) for choice in choices}
+        step = {choice: plain_step * self.over_plain(kind, choice) for choice in choices}
         seconds = {choice: until_the_end(choice) for choice in choices}
         drafting = [choice for choice in choices if choice]
         best = min(drafting, key=lambda choice: seconds[choice], default=0)

@@ -101,7 +101,8 @@ def sweep(
             if "bandwidth" not in found["machine"]:
                 weights = step_cost(engines[0])["weight_bytes"]
                 found["machine"] |= measure_machine(named_dtype(settings.dtype), weights)
-            row = figures(engines, pairs, batch, temperature) | {"pays": pays(engines[0], found["machine"])}
+            row = figures(engines, pairs, batch, temperature)
+            row["pays"] = pays(engines[0], found["machine"], "scores" if temperature else "greedy")
             found["rows"].append(row)
             keep(found)
             console.print(table([row]))
@@ -238,17 +239,18 @@ def _ratio(pairs: Sequence[Pair]) -> dict[str, float | None]:
     return interval([pair.ratio for pair in pairs], [pair.group for pair in pairs])._asdict()
 
 
-def pays(engine: Engine, limits: dict[str, float]) -> dict[str, dict[str, float | None]]:
+def pays(engine: Engine, limits: dict[str, float], kind: str) -> dict[str, dict[str, float | None]]:
     """By drafts a row: the ms of a step of all rows, and from how many tokens a step on it beats plain steps (τ).
 
-    As measured at first, None where it was not; and what both are at the machine's limits, after 128 tokens.
+    The ms are of greedy steps as measured at first, None where they were not; τ is of steps of this kind, as followed
+    until now; and what both are at the machine's limits, after 128 tokens.
     """
     measured = engine.pace.profile.step if engine.pace.profile else {}
     limit = {drafts: 1e3 * least_seconds(step_cost(engine, drafts), limits, engine.rows) for drafts in {0, *measured}}
     return {
         str(drafts): {
             "ms": 1e3 * measured[drafts] if drafts in measured else None,
-            "tau": measured[drafts] / measured[0] if drafts in measured else None,
+            "tau": engine.pace.over_plain(kind, drafts) if drafts in measured else None,
             "roofline_ms": ms,
             "roofline_tau": ms / limit[0],
         }
