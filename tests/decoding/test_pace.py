@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from conftest import greedy_reference
 from nextn.decoding import building
-from nextn.decoding.pace import CHOOSE_EVERY, FIRST_LOOK, RECHECK, TREE, Pace, Profile, Tally
+from nextn.decoding.pace import (
+    ALIKE,
+    CHOOSE_EVERY,
+    FIRST_LOOK,
+    RECHECK,
+    SHARED_WEIGHT,
+    TREE,
+    Pace,
+    Profile,
+    Tally,
+    largest,
+)
 
 CHEAP = Profile({0: 1.0, 1: 1.15, 2: 1.2, 3: 1.25})
 DEAR = Profile({0: 1.0, 1: 2.1, 2: 3.0, 3: 3.9})
@@ -312,3 +324,45 @@ def test_a_depth_that_there_is_not_is_refused(trained_model):
     for wrong in (4, -1, "all"):
         with pytest.raises(ValueError, match="depth is"):
             trained_model.engine(depth=wrong)
+
+
+@pytest.mark.parametrize(
+    "numbers", [[(3.0, 0.0)], [(3.0, 2.0)] * 8, [(5.0, 4.0), (9.0, 0.0), (7.0, 1.0)], [(1, 0), (4, 0)]]
+)
+def test_the_largest_of_many_is_larger_than_each_is_on_the_average(numbers):
+    drawn = np.random.default_rng(0).normal(
+        [mean for mean, _ in numbers], [var**0.5 for _, var in numbers], (100_000, len(numbers))
+    )
+    assert largest(numbers) == pytest.approx(drawn.max(axis=1).mean(), abs=0.03)
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+def test_steps_to_the_end_of_a_text_and_how_much_they_vary(drafts):
+    """Against texts whose acceptance is drawn as it is believed to be."""
+    pace, text, left = Pace(3, Profile(dict.fromkeys(range(4), 1.0))), Tally.empty(3), 200
+    for _ in range(400):
+        pace.note(3, [(text, 1), (text, 3), (text, 0), (text, 3)], 1.0)
+    shares = text.acceptance(pace.acceptance, SHARED_WEIGHT)
+    tries, random = text.tries[0] + ALIKE - 1, np.random.default_rng(0)
+    needed = []
+    for first in random.beta(shares[0] * tries, (1 - shares[0]) * tries, 3000):
+        stands = random.random((left, 3)) < [first, *shares[1:]]
+        emitted = 1 + stands[:, :drafts].cumprod(axis=1).sum(axis=1)
+        needed.append(np.searchsorted(emitted.cumsum(), left) + 1)
+    mean, variance = pace.steps(text, left, drafts, pace.acceptance)
+    assert mean == pytest.approx(np.mean(needed), rel=0.02)
+    assert variance == pytest.approx(np.var(needed), rel=0.15)
+
+
+def test_many_texts_of_which_the_slowest_decides_must_accept_more():
+    def choice(rows: int, waiting: bool) -> int:
+        pace = Pace(1, Profile({0: 1.0, 1: 1.3}))
+        texts = [(Tally.empty(1), 60) for _ in range(rows)]
+        for text, _ in texts:
+            for _ in range(60 // rows):
+                pace.note(1, [(text, 1)], 1.3)
+                pace.note(1, [(text, 0)], 1.3)
+        return pace.choose(texts, waiting)
+
+    # 1.5 tokens for 1.3 steps, but the slowest of eight texts gets some 1.35.
+    assert choice(1, False) == choice(8, True) == 1 and choice(8, False) == 0

@@ -4,8 +4,9 @@ A step that reads d drafts a row gives a text E(d) = 1 + a_1 + a_1·a_2 + … to
 of draft i, and takes as long as such steps took of late, or when they were measured at first: the verification of
 B·(1 + d) tokens and the drafting. d = 0 is a plain step. A text with r tokens to go needs r / E(d) such steps, and
 where the heads have not seen all of it yet, what that takes. While prompts wait for its slot, what counts is the sum
-over the texts; when none does, the largest: the others' slots are of no use then. (Goodput, as in SmartSpec, Liu et
-al. 2024, arXiv:2406.14066, with times that are measured.)
+over the texts; when none does, the largest: the others' slots are of no use then. How many steps a text needs is known
+to some extent only, and the largest of many such numbers is larger than any of their means. (Goodput, as in SmartSpec,
+Liu et al. 2024, arXiv:2406.14066, with times that are measured.)
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ import math
 import os
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 
 PRIOR, PRIOR_WEIGHT = 0.7, 4.0  # what is thought of a draft's acceptance before any was seen, and in how many tries
 # How many tries of its own a text needs to count as much as what the others saw. Shares of the first draft differ by
 # some 0.15 between texts, as if each had tried ten times; one miss after catching up must not end the drafting.
 SHARED_WEIGHT = 8.0
+# What is not known of a text's share, in tries: between texts of one kind (benchmarks/results/drafts.json) shares of the
+# first draft differ by 0.05, as if each had tried 80 times, between kinds by 0.15, as if ten.
+ALIKE = 32.0
 MEMORY, SHARED_MEMORY = 60, 150  # tries after which one weighs 1/e, for a text and for all: texts come in kinds
 LEFT = 0.25  # how much of what others saw counts once a text was left to plain steps
 OLD = 0.5  # how much counts of what was seen before so many plain steps that drafts should be tried again
@@ -82,6 +88,29 @@ TREE = -1  # in place of a number of drafts
 def _share(hits: float, tries: float, otherwise: float, weight: float) -> float:
     """Of the tries those that hit, and what is thought otherwise as if seen in so many more."""
     return (hits + weight * otherwise) / (tries + weight)
+
+
+def largest(numbers: Iterable[tuple[float, float]]) -> float:
+    """The largest of independent normal variables, on the average.
+
+    Two at a time, the larger of which is taken as normal again (Clark 1961, doi:10.1287/opre.9.2.145).
+
+    Args:
+        numbers: the mean and the variance of each.
+    """
+    mean, variance = -math.inf, 0.0
+    for other, its_variance in numbers:
+        apart = math.sqrt(variance + its_variance)
+        if mean == -math.inf or apart == 0:
+            mean, variance = max((mean, variance), (other, its_variance))
+            continue
+        by = (mean - other) / apart
+        above, density = 0.5 * (1 + math.erf(by / math.sqrt(2))), math.exp(-by * by / 2) / math.sqrt(2 * math.pi)
+        square = (mean**2 + variance) * above + (other**2 + its_variance) * (1 - above)
+        square += (mean + other) * apart * density
+        mean = mean * above + other * (1 - above) + apart * density
+        variance = max(0.0, square - mean**2)
+    return mean
 
 
 @dataclass(eq=False)
@@ -169,11 +198,34 @@ class Pace:
 
     def tokens(self, tally: Tally, drafts: int, others: Sequence[float] | None = None) -> float:
         """E(d) of a text: its own acceptance as far as it is known, that of all before and beside it otherwise."""
-        expected, standing = 1.0, 1.0
-        for share in tally.acceptance(others or self.acceptance, SHARED_WEIGHT)[:drafts]:
-            standing *= share
-            expected += standing
-        return expected
+        return 1 + sum(self._standing(tally, drafts, others))
+
+    def _standing(self, tally: Tally, drafts: int, others: Sequence[float] | None = None) -> list[float]:
+        """How likely drafts 1 … i of a text all stand, by i."""
+        return list(accumulate(tally.acceptance(others or self.acceptance, SHARED_WEIGHT)[:drafts], mul))
+
+    def steps(self, tally: Tally, left: int, choice: int, others: Sequence[float]) -> tuple[float, float]:
+        """How many steps a text needs for so many tokens, and the variance of that number.
+
+        It varies with what happens to stand, and with what is not known of how often drafts of this very text stand.
+        """
+        if choice == TREE:
+            first, more = self.acceptance[0], self._of_tree - 1
+            varies = more  # as if its tokens came one by one (Poisson)
+        else:
+            standing = self._standing(tally, choice, others)
+            first, more = standing[0] if standing else 0.0, sum(standing)
+            varies = sum((2 * draft + 1) * share for draft, share in enumerate(standing)) - more**2
+        if first <= 0 or more <= 0:
+            return left, 0.0
+        # The first draft's share is a Beta variable of so many tries; what the later ones bring goes with it.
+        doubt = more**2 * (1 - first) / first / (tally.tries[0] + ALIKE)
+        return left / (1 + more), left * varies / (1 + more) ** 3 + (left / (1 + more) ** 2) ** 2 * doubt
+
+    @property
+    def _of_tree(self) -> float:
+        """Tokens of a step with the tree."""
+        return ((self.tree or 0) * PRIOR_WEIGHT + self._tree_tokens) / (PRIOR_WEIGHT + self._tree_steps)
 
     def stays_plain(self) -> bool:
         """Whether the next step of the same texts is a plain one as the last was; to be asked before `choose`."""
@@ -332,16 +384,14 @@ class Pace:
         if self.profile is None:
             return self.drafts if self.tree is None else TREE
         catching_up = statistics.median(self._catching_up)
-        of_tree = ((self.tree or 0) * PRIOR_WEIGHT + self._tree_tokens) / (PRIOR_WEIGHT + self._tree_steps)
 
         def until_the_end(choice: int) -> float:
             """Seconds, summed over the slots that are of use."""
-            steps = [
-                left / (of_tree if choice == TREE else self.tokens(tally, choice, others)) for tally, left in texts
-            ]
+            steps = [self.steps(tally, left, choice, others) for tally, left in texts]
             first = catching_up if choice and behind else 0.0
-            seconds = [first + step[choice] * each for each in steps]
-            return sum(seconds) if waiting else max(seconds, default=1.0)
+            if waiting:
+                return sum(first + step[choice] * each for each, _ in steps)
+            return first + step[choice] * largest(steps)
 
         choices = [*self.profile.step, *([TREE] if self.profile.tree is not None and self.tree is not None else [])]
         plain_step = self._plain_seconds(kind)
