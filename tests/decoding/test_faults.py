@@ -22,7 +22,7 @@ from nextn.decoding.pace import Profile
 from nextn.decoding.rows import DecodingError
 from nextn.decoding.sampling import Sampling
 from nextn.decoding.tree import Tree
-from nextn.trunk import Trunk
+from nextn.trunk import BLOCK, RaggedCache, Trunk, _Buffer
 
 PROMPTS = [made_up_text(1, length, seed=300 + length)[0].tolist() for length in (1, 3, 8, 14, 21, 30)]
 NEW = 14
@@ -203,6 +203,44 @@ def test_out_of_memory_at_a_prompt_ends_that_text_only(model, plain, monkeypatch
     found = dict(engine.generate([PROMPTS[1], [5] * 60], NEW))
     assert found[0].tokens == plain[1]
     assert found[1].finish == "error" and "not enough memory for a prompt of 60 tokens" in str(found[1].error)
+
+
+def test_texts_without_room_for_their_caches_end_alone(model, plain, monkeypatch):
+    make, long = _Buffer.lazy_initialization, made_up_text(1, 100, seed=5)[0].tolist()
+
+    def with_little_memory(self, keys, values):
+        if self.slots > 3 * BLOCK // 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        make(self, keys, values)
+
+    monkeypatch.setattr(_Buffer, "lazy_initialization", with_little_memory)
+    for rows in (2, 7):  # the long one waits, or takes a slot at once
+        engine = model.engine(rows=rows, stop_tokens=[])
+        found = dict(engine.generate([*PROMPTS, long], NEW))
+        check(found, plain)
+        assert found[6].finish == "error" and f"{rows} rows of 114 tokens" in str(found[6].error)
+        works_still(engine, plain)
+        assert [found.finish for _, found in engine.generate([long, long], NEW)] == ["error", "error"]
+        works_still(engine, plain)
+
+
+@pytest.mark.parametrize("whose", [0, 1])
+def test_kept_texts_are_given_up_where_they_cannot_grow(model, plain, monkeypatch, whose):
+    grow, calls, long = RaggedCache.grow, [], made_up_text(1, 100, seed=5)[0].tolist()
+
+    def without_memory(self, capacity):
+        calls.append(self)
+        if len(calls) == 1 + whose:  # the trunk's, or that of the heads after it
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        grow(self, capacity)
+
+    engine = model.engine(rows=3, stop_tokens=[], keep=True)
+    works_still(engine, plain)
+    monkeypatch.setattr(RaggedCache, "grow", without_memory)
+    found = dict(engine.generate([*PROMPTS, long], NEW))
+    check(found, plain)
+    assert found[6].tokens == greedy_reference(model.base, long, NEW) and len(calls) == 1 + whose
+    works_still(engine, plain)
 
 
 def test_no_new_tokens_are_no_tokens(model, plain):
@@ -458,6 +496,7 @@ def run_schedule(world: World, data) -> None:
         keep=data.draw(st.booleans(), label="keep"),
         chunk=data.draw(st.sampled_from([1024, 7]), label="chunk"),
     )
+    engine.overlaps = data.draw(st.booleans(), label="drafts begun ahead")
     restless(engine, data)
     with_faults(engine, data)
     emitted: dict[int, int] = {}

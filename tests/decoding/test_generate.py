@@ -176,6 +176,21 @@ def test_a_turn_on_the_cache_of_the_last_gives_the_text_from_scratch(trained_mod
         given = padded(turns, "left")
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("sampling", [nextn.Sampling(), nextn.Sampling(temperature=1.0, seed=3)])
+def test_turns_go_on_from_what_was_kept_on_every_family(family, sampling):
+    model = nextn.attach(make_host(family), nextn.MultiTokenConfig(n=3, heads="sequential"))
+    kept, again = (model.engine(rows=2, stop_tokens=[], keep=keep) for keep in (True, False))
+    turns = made_up_text(2, 20, seed=8).tolist()
+    for _ in range(3):
+        found, afresh = (dict(engine.generate(turns, 7, sampling=sampling)) for engine in (kept, again))
+        assert [found[row].tokens for row in range(2)] == [afresh[row].tokens for row in range(2)]
+        turns = [[*text, *found[row].tokens, 11, 12] for row, text in enumerate(turns)]
+    turns = [[*turns[0][:12], 5, 6], turns[1][:25]]  # what was said is taken back
+    found, afresh = (dict(engine.generate(turns, 7, sampling=sampling)) for engine in (kept, again))
+    assert [found[row].tokens for row in range(2)] == [afresh[row].tokens for row in range(2)]
+
+
 def test_foreign_caches_are_not_trusted(trained_model, caplog):
     cache = DynamicCache()
     theirs = trained_model.base(IDS[:, :6], past_key_values=cache, use_cache=True)

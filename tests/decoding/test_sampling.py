@@ -174,19 +174,23 @@ def test_drawn_in_turn_are_the_same_tokens_as_far_as_they_are_emitted(dtype):
 
 
 @pytest.mark.parametrize(
-    ("said", "scaled"),
+    ("said", "scale"),
     [
-        ({}, True),
-        ({"temperature": 0.7}, True),
-        ({"temperature": 1.0, "processors": [tf.TemperatureLogitsWarper(0.5)]}, True),
-        ({"temperature": 0.7, "processors": [tf.TemperatureLogitsWarper(0.5)]}, False),
-        ({"temperature": 0.7, "top_k": 5}, False),
-        ({"repetition_penalty": 1.2}, False),
-        ({"temperature": 0.7, "method": "rejection"}, False),
+        ({}, 0.0),
+        ({"temperature": 0.7}, 0.7),
+        ({"temperature": 1.0}, 1.0),
+        ({"temperature": 1.0, "processors": [tf.TemperatureLogitsWarper(0.5)]}, 0.5),
+        ({"temperature": 0.7, "processors": [tf.TemperatureLogitsWarper(0.5)]}, None),
+        ({"processors": [tf.TemperatureLogitsWarper(0.5)]}, None),
+        ({"temperature": 1.0, "processors": [NoRepeat()]}, None),
+        ({"temperature": 0.7, "top_k": 5}, None),
+        ({"repetition_penalty": 1.2}, None),
+        ({"temperature": 0.7, "method": "rejection"}, None),
+        ({"temperature": 1.0, "method": "rejection"}, None),
     ],
 )
-def test_which_texts_need_nothing_but_a_temperature(said, scaled):
-    assert Sampling(**said).is_scaled is scaled
+def test_which_texts_need_nothing_but_a_temperature(said, scale):
+    assert Sampling(**said).scale == scale
 
 
 @pytest.mark.parametrize(("name", "way"), PAIRS)

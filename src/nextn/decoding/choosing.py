@@ -38,7 +38,7 @@ def decide(
     """
     tokens, width = drafts.tokens, logits.shape[1]
     at = lengths[:, None] + 1 + torch.arange(width, device=logits.device)
-    if draw is not None and not keep_scores and all(row is None or row.sampling.is_scaled for row in rows):
+    if draw is not None and not keep_scores and all(row is None or row.sampling.scale is not None for row in rows):
         run = choose_in_turn(rows, logits, at, tokens, draw)
         return run, accept_greedy(tokens, run), None
     branches: list[list[list[int]]] = []
@@ -89,10 +89,10 @@ def choose_in_turn(
     """
     key, tokens = keys(_seeds(rows, at.device), at), torch.zeros_like(at)
     for slot, row in enumerate(rows):
-        if row is None or not row.sampling.by_chance:
+        if row is None or not row.sampling.scale:
             tokens[slot] = chosen(logits[slot])
             continue
-        temperature = torch.tensor(row.sampling.draft_temperature, dtype=torch.float32)
+        temperature = torch.tensor(row.sampling.scale, dtype=torch.float32)
         for place, draft in enumerate([*drafts[slot].tolist(), -1]):
             tokens[slot, place] = token = draw(logits[slot, place], temperature, key[slot, place])
             if int(token) != draft:

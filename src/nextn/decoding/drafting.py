@@ -45,7 +45,7 @@ class Drafter(Protocol):
         """
 
     def forget(self, row: int, start: int = 0) -> None:
-        """Another text begins in a row; or one that is like it up to a position goes on from there."""
+        """What it holds of a row from position `start` on is not of the text that goes on there."""
 
     def propose(
         self, hidden: Tensor, positions: Tensor, following: Tensor, last: Tensor, rows: Tensor, asked: Asked

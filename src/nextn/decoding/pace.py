@@ -26,8 +26,8 @@ PRIOR, PRIOR_WEIGHT = 0.7, 4.0  # what is thought of a draft's acceptance before
 # How many tries of its own a text needs to count as much as what the others saw. Shares of the first draft differ by
 # some 0.15 between texts, as if each had tried ten times; one miss after catching up must not end the drafting.
 SHARED_WEIGHT = 8.0
-# What is not known of a text's share, in tries: between texts of one kind (benchmarks/results/drafts.json) shares of the
-# first draft differ by 0.05, as if each had tried 80 times, between kinds by 0.15, as if ten.
+# What is not known of a text's share, in tries: between texts of one kind the shares of the first draft differ by 0.05
+# (in benchmarks/results/drafts.json), as if each had tried 80 times, between kinds by 0.15, as if ten.
 ALIKE = 32.0
 MEMORY, SHARED_MEMORY = 60, 150  # tries after which one weighs 1/e, for a text and for all: texts come in kinds
 LEFT = 0.25  # how much of what others saw counts once a text was left to plain steps

@@ -125,11 +125,14 @@ class Sampling:
             found += [MinPLogitsWarper(self.min_p)] if self.min_p else []
         return LogitsProcessorList(found)
 
-    @cached_property
-    def is_scaled(self) -> bool:
-        """Whether a token is drawn or chosen by logits over a temperature, with nothing else in between."""
-        warpers = self.all_processors
-        return not self.rejects and len(warpers) <= 1 and all(type(each) is TemperatureLogitsWarper for each in warpers)
+    @property
+    def scale(self) -> float | None:
+        """The temperature that is all there is between logits and a token, 0 for the best one; None where more is."""
+        if not self.all_processors:
+            return None if self.rejects else float(self.by_chance)
+        only = self.all_processors[0]
+        alone = len(self.all_processors) == 1 and type(only) is TemperatureLogitsWarper
+        return float(only.temperature) if alone and self.by_chance and not self.rejects else None
 
     @cached_property
     def settings(self) -> tuple:
