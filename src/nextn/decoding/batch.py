@@ -33,7 +33,7 @@ class Step:
     rows: the texts that it was a step of.
     run: the tokens after each state [B, W]; row b emits the first accepted + 1 of them, and the others mean nothing.
     tapped, positions: the states [B, W, D], and where they stand [B, W], -1 where they are not of the text.
-    scores, logits: of the tokens of `run` [B, W, V]; None where nobody asked for them.
+    scores, logits: of the tokens of `run` [B, W, V]; None where nothing was chosen by them, or nobody keeps a tree's.
     """
 
     rows: list[Row | None]

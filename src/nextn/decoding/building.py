@@ -166,6 +166,7 @@ def measure(engine: Engine, rows: int) -> Profile:
     path = cache_directory() / "profiles" / f"{_profile_name(engine, rows)}.json"
     if (known := Profile.read(path)) is not None and set(known.step) == set(widths):
         return known
+    engine.keep_scores = False  # whatever was asked before: to keep them takes longer
     example(engine, 0, rows=rows)
 
     lengths, pending = engine.lengths, engine.pending

@@ -240,7 +240,6 @@ class Engine(Batch):
             )
         # What is compiled has a fixed number of rows; otherwise a free row would cost for nothing.
         count = self.rows if self.code or self.keep else max(1, min(self.rows, len(rows)))
-        self.keep_scores = keep_scores
         self.pace = self.paces.setdefault(count, self._new_pace())
         if self.depth == "auto" and self.drafter and self.pace.profile is None and rows:
             self._measure(count)
@@ -248,6 +247,7 @@ class Engine(Batch):
         self.begin(rows, count, goes_on=self.keep)
         turn = self.turn
         self.steps, self._plain_ahead, self._asked_for = Counter(), 0, ()
+        self.keep_scores = keep_scores
         finished = [row for row in rows if not row.limit]
         for row in finished:
             row.result.finish = "length"

@@ -56,7 +56,7 @@ class Slots:
         Where there is room enough from before it is used again, whatever it holds; a CUDA graph knows its address.
 
         Args:
-            goes_on: keep what the slots hold, if there are as many.
+            goes_on: keep what the slots hold, if there are as many, made alike, and there is memory to let them grow.
         """
         device = self.trunk.device
         room = self._room(rows)
@@ -77,10 +77,14 @@ class Slots:
             if self.drafter:
                 self.drafter.begin(self.cache)
         for slot in (slot for slot, row in enumerate(interrupted) if alike and row is not None):
-            self._held[slot] = Held()  # what broke off may have left what is not a number
-            self.cache.clear(slot)
-            if self.drafter:
-                self.drafter.forget(slot)
+            self._clear(slot)
+
+    def _clear(self, slot: int) -> None:
+        """A text that broke off may have left what is not a number, which must not reach whoever comes next."""
+        self._held[slot] = Held()
+        self.cache.clear(slot)
+        if self.drafter:
+            self.drafter.forget(slot)
 
     def _grow(self, room: int) -> bool:
         """Make room for longer texts beside what the slots hold."""
@@ -94,11 +98,8 @@ class Slots:
         """A row is done; its slot is free, and remembers what the cache holds of the text."""
         self.slots[slot] = None
         self._held[slot] = Held(row.text[:-1], row.read, row.unread)
-        if row.result.finish == "error":  # what is not a number must not reach whoever comes next
-            self._held[slot] = Held()
-            self.cache.clear(slot)
-            if self.drafter:
-                self.drafter.forget(slot)
+        if row.result.finish == "error":
+            self._clear(slot)
 
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:
