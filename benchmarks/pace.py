@@ -124,7 +124,7 @@ def record(prompts: Path, console: Console) -> Recorded:
                 for _, result in engine.generate(
                     [prompt.ids for prompt in texts[:TEXTS]],
                     NEW_TOKENS,
-                    sampling=Sampling(temperature=temperature),
+                    sampling=Sampling(temperature=temperature, seed=0),
                     progress=console,
                 )
             ]

@@ -51,7 +51,7 @@ def main(
         found[way] = {}
         for degree in temperatures:
             engine = whole.engine(rows, stop_tokens=[])
-            sampling = Sampling(temperature=degree, **settings)
+            sampling = Sampling(temperature=degree, seed=0, **settings)
             results = [result for _, result in engine.generate(texts, new_tokens, sampling=sampling, progress=console)]
             found[way][str(degree)] = acceptance_json(Acceptance.of(results, engine.n))
             if json_file is not None:  # what is measured is kept

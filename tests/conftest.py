@@ -134,6 +134,18 @@ def tiny_heads(tiny_base, tmp_path_factory) -> Path:
     return directory
 
 
+def with_lora(host: tf.PreTrainedModel, scale: float = 1.0, enabled: bool = True) -> tf.PreTrainedModel:
+    """A host with adapters that change what it says, unless they are not enabled."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=2, lora_alpha=2 * scale, target_modules=["up_proj"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, host)
+    for module in host.modules():
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            module.enable_adapters(enabled)
+    return host.eval()
+
+
 def made_up_text(rows: int, length: int, seed: int) -> torch.Tensor:
     """Sequences in which a token follows from the two before it, but for some noise: predictable in part."""
     follower = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))

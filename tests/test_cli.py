@@ -13,11 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from conftest import greedy_reference, make_tokenizer
+from conftest import COMMON, greedy_reference, make_tokenizer
+from nextn import cli
 from nextn.cli import app
+from nextn.data import byte_tokenizer
+from nextn.lock import FileLock
 
 
 def nextn(*words: object):
@@ -69,6 +73,33 @@ def test_a_seed_gives_one_text_with_and_without_heads(heads, tmp_path):
     ways = ((), ("--heads", 1), ("--depth", "all"), ("--depth", 1), ("--tree", tree))
     texts = {nextn("generate", heads, "the cat", *way, *asked).stdout for way in ways}
     assert len(texts) == 1 and len(texts.pop()) > 4
+
+
+def test_without_a_seed_generate_draws_one_and_names_it(tiny_base):
+    asked = ("generate", tiny_base, "the cat", "--heads", 1, "--max-new-tokens", 12, "--temperature", 3)
+    first, second = nextn(*asked), nextn(*asked)
+    assert first.stdout != second.stdout
+    seed = first.stderr.split("seed ")[1].split()[0]
+    assert nextn(*asked, "--seed", seed).stdout == first.stdout
+
+
+def test_generate_prints_a_character_that_the_length_cuts(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**COMMON | {"vocab_size": 258, "eos_token_id": 256, "pad_token_id": 257})
+    host, tokenizer = transformers.LlamaForCausalLM(config), byte_tokenizer()
+    with torch.no_grad():  # says "😀" again and again
+        for parameter in host.parameters():
+            parameter.zero_()
+        host.model.norm.weight.fill_(1)
+        for place, byte in enumerate(emoji := list("😀".encode())):
+            host.model.embed_tokens.weight[emoji[place - 1], place] = 1
+            host.lm_head.weight[byte, place] = 1
+        host.model.embed_tokens.weight[ord("b")] = host.model.embed_tokens.weight[emoji[-1]]
+    host.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for length in (1, 3, 4, 6):
+        asked = ("generate", tmp_path, "b", "--heads", 1, "--max-new-tokens", length, "--dtype", "float32")
+        assert nextn(*asked).stdout == tokenizer.decode((emoji * 2)[:length]) + "\n"
 
 
 def test_info_counts_what_the_file_holds(heads, tiny_base):
@@ -159,7 +190,7 @@ def bad_inputs(tiny_base: Path, heads: Path, data: Path, tmp: Path) -> dict[str,
     attach = ["attach", tiny_base, "--data", data, "--out", tmp / "out", *OPTIONS]
     return {
         "no such model": (["generate", tmp / "nowhere", "hi", "--heads", 1], "nowhere"),
-        "truncated model": (["generate", truncated, "hi", "--heads", 1], "cannot be opened"),
+        "truncated model": (["generate", truncated, "hi", "--heads", 1], "is truncated or damaged"),
         "no heads": (["generate", tiny_base, "hi"], "holds no heads"),
         "three heads": (["generate", heads, "hi", "--heads", 3], "--heads is 3"),
         "cold": (["generate", heads, "hi", "--temperature", -1], "temperature must be 0"),
@@ -170,7 +201,6 @@ def bad_inputs(tiny_base: Path, heads: Path, data: Path, tmp: Path) -> dict[str,
         "tree without batch": (["bench", heads, "--tree", tmp / "x.json"], "go with --batch"),
         "rejected tree": (["bench", heads, "--batch", 1, "--tree", tmp / "x.json", "--method", "block"], "coupled"),
         "empty prompt": (["generate", heads, " "], "empty"),
-        "long prompt": (["generate", heads, "a" * 128], "context is 128"),
         "not JSON": (
             ["attach", tiny_base, "--data", tmp / "words.jsonl", "--out", tmp / "out", *OPTIONS],
             "line 1, is not JSON",
@@ -190,6 +220,18 @@ def bad_inputs(tiny_base: Path, heads: Path, data: Path, tmp: Path) -> dict[str,
         "distill out": (
             ["distill", tiny_base, "--prompts", tmp / "prompts.jsonl", "--out", tmp / "file" / "out" / "a.jsonl"],
             "cannot be written",
+        ),
+        "distill to a device": (
+            ["distill", tiny_base, "--prompts", tmp / "prompts.jsonl", "--out", "/dev/full"],
+            "no ordinary file",
+        ),
+        "distill to its prompts": (
+            ["distill", tiny_base, "--prompts", tmp / "prompts.jsonl", "--out", tmp / "prompts.jsonl"],
+            "line 1, is no answer",
+        ),
+        "figures over a model": (
+            ["budget", tiny_base, "--bandwidth", 1, "--rate", 1, "--json", tiny_base / "config.json"],
+            "is no report that nextn wrote",
         ),
         "distill without prompts": (
             ["distill", tiny_base, "--prompts", data, "--out", tmp / "a.jsonl"],
@@ -214,3 +256,20 @@ def test_options_out_of_range_are_usage_errors(tiny_base, data, tmp_path):
     for option in (("--batch", 0), ("--epochs", 0), ("--learning-rate", 0), ("--length", 1), ("--save-steps", 0)):
         result = nextn("attach", tiny_base, "--data", data, "--out", tmp_path, *option)
         assert result.exit_code == 2 and option[0] in result.output
+
+
+def test_a_terminated_command_releases_its_lock(tmp_path, monkeypatch):
+    def verb() -> None:
+        with FileLock(tmp_path / "answers.jsonl") as lock:
+            assert lock.path.exists()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    monkeypatch.setattr(cli, "app", verb)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not list(tmp_path.iterdir())

@@ -220,6 +220,10 @@ def test_recovery_trains_and_goes_on_where_it_was_stopped(stored, monkeypatch):
     assert found["after"]["tau"] != derived["tau"] and not math.isnan(found["after"]["tau"])
     recovered = nextn.load(stored / "out")
     assert str(recovered.multi_token.output) == "low_rank:4"
+    before = {path: path.read_bytes() for path in (stored / "out").rglob("*") if path.is_file()}
+    again = run(stored, *options)
+    assert again.exit_code == 0 and "finished: nothing is changed" in " ".join(again.output.split())
+    assert {path: path.read_bytes() for path in (stored / "out").rglob("*") if path.is_file()} == before
     assert native.base_name(stored / "out") == native.base_name(stored / "heads")
 
 
@@ -250,6 +254,16 @@ def test_a_base_that_was_trained_with_its_heads_stays_as_it_is(whole, stored, tm
 def test_heads_that_are_there_are_not_overwritten(stored):
     refused = run(stored, "--output", "low_rank:4", out="heads")
     assert refused.exit_code == 1 and "holds heads already" in " ".join(refused.output.split())
+
+
+def test_another_compression_and_another_process_are_refused(stored):
+    out = stored / "taken"
+    out.mkdir()
+    for file, content in {"compress.json": "no JSON", "nextn.lock": '{"host": "elsewhere", "pid": 1}'}.items():
+        (out / file).write_text(content)
+        refused = " ".join(run(stored, "--output", "low_rank:4", out="taken").output.split())
+        assert ("holds another compression" if file == "compress.json" else "is in use by another process") in refused
+        assert (out / file).read_text() == content
 
 
 @pytest.mark.parametrize(

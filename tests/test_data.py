@@ -6,6 +6,7 @@ import itertools
 import json
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from hypothesis import given
@@ -25,6 +26,8 @@ from nextn.data import (
     read_jsonl,
     records_of,
 )
+from nextn.distill import encoded
+from nextn.vocabulary import counted
 
 documents = st.lists(
     st.lists(st.integers(3, 60), min_size=1, max_size=30).map(lambda ids: (ids, [IGNORE, *ids[1:]])),
@@ -90,9 +93,6 @@ def test_an_empty_prompt_is_refused():
 
 
 def test_a_character_of_several_tokens_is_shown_whole():
-    import tokenizers
-    import transformers
-
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({byte: place for place, byte in enumerate(alphabet)}, []))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -102,6 +102,49 @@ def test_a_character_of_several_tokens_is_shown_whole():
     pieces = [stream.push(token) for token in tokenizer("né 日!")["input_ids"]]
     assert "".join(pieces) == "né 日!"
     assert pieces == ["n", "", "é", " ", "", "", "日", "!"]
+
+
+def streamed(tokenizer, ids: list[int]) -> str:
+    stream = TextStream(tokenizer)
+    return "".join(stream.push(token) for token in ids) + stream.flush()
+
+
+def test_a_character_that_is_cut_is_shown_as_decode_shows_it():
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("a 😀")["input_ids"]
+    assert [streamed(tokenizer, ids[:length]) for length in range(1, 7)] == ["a", "a ", *["a \ufffd"] * 3, "a 😀"]
+    stream = TextStream(tokenizer)
+    assert [stream.push(token) for token in [*ids[:4], tokenizer.eos_token_id]] == ["a", " ", "", "", ""]
+    assert stream.flush() == "\ufffd" and stream.flush() == ""
+
+
+def sentencepiece_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Spaces as letters, the first of which a text loses, and bytes where letters are missing: as Llama 2's."""
+    letters = ["▁", "▁a", "b", "▁▁", "\n", "é"]
+    vocabulary = {token: place for place, token in enumerate([*(f"<0x{byte:02X}>" for byte in range(256)), *letters])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    backend.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(),
+         tokenizers.decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+
+
+PARTS_OF_TEXT = st.text(st.sampled_from("aé日😀 \n"), max_size=6).map(lambda text: list(text.encode()))
+
+
+@given(st.lists(st.one_of(PARTS_OF_TEXT, st.lists(st.integers(0, 257), max_size=6)), max_size=5))
+def test_streamed_text_is_the_decoded_text_for_any_tokens(parts):
+    tokenizer, ids = byte_tokenizer(), [token for part in parts for token in part]
+    assert streamed(tokenizer, ids) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@given(st.lists(st.one_of(PARTS_OF_TEXT, st.lists(st.integers(256, 263), max_size=6)), max_size=5))
+def test_streamed_text_keeps_its_spaces_where_a_decoder_strips_the_first(parts):
+    tokenizer, ids = sentencepiece_tokenizer(), [token for part in parts for token in part]
+    assert streamed(tokenizer, ids) == tokenizer.decode(ids, skip_special_tokens=True)
+    cut = tokenizer.decode([*ids, 258], skip_special_tokens=True)
+    assert streamed(tokenizer, [*ids, 258, 0xE6, 0x97]) == cut + "\ufffd" * 2
 
 
 def test_prompts_without_text_are_refused(tmp_path):
@@ -177,3 +220,123 @@ def test_a_chat_trains_on_what_the_assistant_says():
     assert example(tokenizer, {"messages": [{"role": "user", "content": "hi"}]}) is None
     with pytest.raises(DataError, match="no chat template"):
         example(make_tokenizer(), {"messages": []})
+
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}<e>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+# As Mistral's: roles take turns, or the template raises.
+STRICT = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant.') }}{% endif %}"
+    "{{ m.role[0] }}:{{ m.content.strip() }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def chatting(template: str, tokenizer=None):
+    """A tokenizer whose turns end with <e>, which is not its end token."""
+    tokenizer = tokenizer or byte_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<s>", "<e>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def trained_on(tokenizer, record) -> tuple[str, str]:
+    ids, labels = example(tokenizer, record)
+    assert all(label in (IGNORE, id) for id, label in zip(ids, labels, strict=True))
+    return tokenizer.decode(ids), tokenizer.decode([label for label in labels if label != IGNORE])
+
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
+ANSWER = {"prompt": "hi", "answer": "yo"}
+
+
+@pytest.mark.parametrize(
+    "template, end",
+    [
+        (CHATML, "<e>"),  # and a newline, which the model does not emit
+        (CHATML.replace("<e>\n", "<e>"), "<e>"),
+        (CHATML.replace("<e>\n", "<e><eos>\n\n"), "<e>"),
+        (CHATML.replace("<e>\n", "<eos>"), "<eos>"),
+        (STRICT, "<eos>"),
+        (CHATML.replace("m.content", "m.content | trim"), "<e>"),
+    ],
+)
+def test_answers_and_chats_end_as_the_template_ends_a_turn(template, end):
+    tokenizer = chatting(template)
+    assert trained_on(tokenizer, CHAT) == trained_on(tokenizer, ANSWER)
+    assert trained_on(tokenizer, CHAT)[1] == f"yo{end}"
+    assert trained_on(tokenizer, ANSWER | {"finish": "length"})[1] == "yo"
+    emitted = [*tokenizer("yo")["input_ids"], *tokenizer(end)["input_ids"]]
+    assert trained_on(tokenizer, ANSWER | {"finish": "stop", "tokens": emitted})[1] == f"yo{end}"
+
+
+def test_an_inner_turn_of_a_chat_ends_as_the_last_one():
+    again = {"messages": CHAT["messages"] * 2}
+    text, labels = trained_on(chatting(CHATML), again)
+    assert labels == "yo<e>yo<e>" and text.endswith("yo<e>") and "yo<e>\n<s>user" in text
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.content }}\n{% endfor %}", "no messages"])
+def test_where_no_template_says_how_a_turn_ends_the_end_token_does(template):
+    tokenizer = chatting(template)
+    assert trained_on(tokenizer, ANSWER)[1] == "yo<eos>"
+    tokenizer.eos_token = None
+    assert trained_on(tokenizer, ANSWER)[1] == "yo"
+
+
+def test_a_chat_that_the_assistant_begins_trains_on_what_it_answers():
+    greeting = [{"role": "assistant", "content": "hello"}]
+    text, labels = trained_on(chatting(CHATML), {"messages": greeting + CHAT["messages"]})
+    assert text.startswith("<s>assistant:hello<e>") and labels == "yo<e>"
+    assert example(chatting(CHATML), {"messages": greeting}) is None
+    assert example(chatting(CHATML), {"messages": []}) is None
+
+
+TURN = {"role": "user", "content": "hi"}
+MALFORMED = {
+    "the assistant begins": ([{"role": "assistant", "content": "hello"}, *CHAT["messages"]], "must alternate"),
+    "the system twice": ([{"role": "system", "content": "a"}] * 2 + CHAT["messages"], "must alternate"),
+    "an unknown role": ([{"role": "human", "content": "hi"}], "message 1 has the role 'human'; expected one of system"),
+    "no role": ([TURN, {"from": "gpt", "value": "yo"}], "message 2 has no role"),
+    "a text in place of a message": (["hi"], "message 1 has no role"),
+    "a number": ([TURN, {"role": "assistant", "content": 5}], "the content of message 2 is no text"),
+    "an image": ([{"role": "user", "content": [{"type": "image"}]}], "the content of message 1 is no text"),
+    "nothing": ([{"role": "user"}], "the content of message 1 is no text"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_chat_is_named_by_file_and_record(name, tmp_path):
+    messages, says = MALFORMED[name]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in (CHAT, {"messages": messages})))
+    for read in (
+        lambda: list(examples_of([path], chatting(STRICT), 64)),
+        lambda: counted([path], chatting(STRICT), 260),
+    ):
+        with pytest.raises(DataError, match=f"^{path}, record 2: .*{says}.*[.]$"):
+            read()
+
+
+def test_a_role_that_the_template_names_and_calls_of_tools_are_read(tmp_path):
+    template = CHATML + "{# observation #}"
+    messages = [TURN, {"role": "assistant", "content": None, "tool_calls": [{"name": "x"}]}]
+    messages += [{"role": "observation", "content": "5"}, {"role": "assistant", "content": "yo"}]
+    assert trained_on(chatting(template), {"messages": messages})[1].endswith("yo<e>")
+
+
+def test_parts_of_text_are_one_text():
+    parts = [{"type": "text", "text": "y"}, {"type": "text", "text": "o"}]
+    chat = {"messages": [TURN, {"role": "assistant", "content": parts}]}
+    assert trained_on(chatting(CHATML), chat) == trained_on(chatting(CHATML), CHAT)
+
+
+def test_text_that_no_tokenizer_reads_is_named_too(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "\\ud83d"}\n')
+    with pytest.raises(DataError, match=r"a.jsonl, record 2: "):
+        list(examples_of([tmp_path / "a.jsonl"], byte_tokenizer(), 64))
+    with pytest.raises(DataError, match=r"The prompt '\\ud83d': "):
+        encoded(byte_tokenizer(), [{"prompt": "\ud83d"}], 64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,87 @@ import yaml
 from safetensors.torch import load_file
 
 from conftest import make_host, make_tokenizer
+from nextn.recipe import Recipe, train
+
+LINE = "the cat sat on the mat. the dog sat on the log. "
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+
+
+@pytest.mark.parametrize(
+    ("heads", "schedule", "fsdp"),
+    [
+        ({"freeze_trunk": False, "weights": {"preset": "deepseek"}}, {"start": 0.5}, False),
+        pytest.param({}, {"curriculum": "forward"}, False, marks=pytest.mark.slow),
+        pytest.param(
+            {"freeze_trunk": False, "weights": {"preset": "list", "values": [1.0, 0.5, 0.0]}},
+            {"curriculum": "reverse"},
+            False,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"freeze_trunk": False, "weights": {"preset": "deepseek"}}, {"start": 0.5}, True, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["start", "curriculum", "weight of 0", "FSDP2"],
+)
+def test_depths_without_a_weight_train_with_checkpointing_in_two_processes(heads, schedule, fsdp, tmp_path):
+    base = tmp_path / "base"
+    make_host("llama").save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    (tmp_path / "data.txt").write_text(LINE * 60)
+    stated = {
+        "base": str(base),
+        "heads": {"n": 3, **heads},
+        "data": [str(tmp_path / "data.txt")],
+        "length": 64,
+        "schedule": schedule,
+        "training": {
+            "max_steps": 4,
+            "save_steps": 2,
+            "per_device_train_batch_size": 4,
+            "gradient_checkpointing": True,
+            "weight_decay": 0.1,  # a gradient of zeros would decay what has no gradient
+            "learning_rate": 1e-3,
+            "warmup_steps": 0,
+            "bf16": False,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+    }
+    one = train(Recipe(**stated), tmp_path / "one")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(stated))
+    script = str(Path(__file__).with_name("fsdp_on_cpu.py"))
+    command = [*TORCHRUN, script, "train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "two")]
+    command.append("--set=training.per_device_train_batch_size=2")
+    if fsdp:
+        shards = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        command += ["--set=training.fsdp=true", f"--set=training.fsdp_config={json.dumps(shards)}"]
+
+    def launch() -> str:
+        wide = os.environ | {"COLUMNS": "400"}  # so that no message is broken into lines
+        done = subprocess.run(command, env=wide, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return " ".join(done.stdout.split())
+
+    def result() -> dict[str, torch.Tensor]:
+        return load_file(tmp_path / "two" / "nextn" / "heads.safetensors")
+
+    launch()
+    two = result()
+    for name, tensor in one.heads.state_dict().items():
+        bounds = {"rtol": 2**-7, "atol": 1e-3} if one.multi_token.freeze_trunk else {"rtol": 0, "atol": 1e-4}
+        torch.testing.assert_close(two[name].to(tensor.dtype), tensor, msg=name, **bounds)
+
+    last = tmp_path / "two" / "checkpoint-4"
+    sums = json.loads((last / "checksums.json").read_text())
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= sums.keys(), "files of both processes"
+    (last / "rng_state_1.pth").write_bytes(b"")
+    (tmp_path / "two" / "finished.json").unlink()
+    said = launch()
+    assert "checkpoint-4 is passed over: its rng_state_1.pth is missing or damaged" in said
+    assert "checkpoint-2" in said.partition("going on from")[2]
+    for name, tensor in result().items():
+        assert torch.equal(tensor, two[name]), name
 
 
 # An unembedding of its own, and one tied to the embedding; trunk and heads together, and heads alone.

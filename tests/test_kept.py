@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import nextn
-from conftest import make_host
+from conftest import make_host, with_lora
 from nextn import kept
 from nextn.data import PackedBlocks
 
 TOP_K = 5
+PARTS = ("input_ids", "attention_mask", "position_ids")
 
 
 @pytest.fixture
@@ -62,3 +63,28 @@ def test_what_another_tap_or_text_kept_is_not_taken(blocks, tmp_path):
     warm = build(objective={"follows": "kl", "temperature": 2.0})
     kept.KeptOutputs(blocks, warm, TOP_K, tmp_path)[0]
     assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_what_other_weights_or_adapters_gave_is_not_taken(blocks, tmp_path, trained_host):
+    """Of one base on the disk, which is not the one in memory."""
+    trained_host.save_pretrained(tmp_path / "base")
+
+    def states(change):
+        base = nextn.formats.native.load_base(str(tmp_path / "base"))
+        change(base)
+        model = nextn.attach(base, nextn.MultiTokenConfig(n=3, heads="parallel", head="linear"))
+        data = kept.KeptOutputs(blocks, model, 0, tmp_path / "kept")
+        return data[0]["trunk_states"].clone(), model.trunk_outputs(*(blocks[0][key][None] for key in PARTS), 0)
+
+    def edit(base):
+        base.model.layers[0].mlp.up_proj.weight.data.mul_(2)
+
+    def disable(base):
+        with_lora(base, enabled=False)
+
+    changes = [lambda base: None, edit, with_lora, disable]
+    found = [states(change) for change in changes]
+    for stored, fresh in found:
+        assert torch.equal(stored, fresh["trunk_states"][0])
+    assert len(list((tmp_path / "kept").iterdir())) == len(changes)
+    assert not torch.equal(found[0][0], found[1][0]) and not torch.equal(found[0][0], found[2][0])

@@ -7,7 +7,8 @@ import torch
 import transformers as tf
 
 import nextn
-from conftest import greedy_reference, make_host
+from conftest import MORE_KINDS, greedy_reference, made_up_text, make_host
+from nextn.config import ConfigError
 
 
 class Recorder:
@@ -101,12 +102,84 @@ def test_training_goes_on_after_decoding():
     model.train()(ids, labels=ids).loss.backward()
 
 
-def test_heads_of_another_dtype_than_the_trunks_draft():
-    model = nextn.attach(make_host("gemma3").bfloat16(), nextn.MultiTokenConfig(n=3))
-    model.heads.float()
-    ids = torch.randint(3, 60, (1, 9))
+@pytest.mark.parametrize("kind", MORE_KINDS)
+def test_heads_are_trained_in_float32_on_a_bfloat16_base(kind):
+    for frozen in (True, False):
+        weights = {} if frozen else {"preset": "deepseek"}
+        config = nextn.MultiTokenConfig(n=3, freeze_trunk=frozen, weights=weights, **MORE_KINDS[kind])
+        ids = made_up_text(2, 16, seed=3)
+        model = nextn.attach(make_host("gemma3").bfloat16(), config, calibration={"input_ids": ids})
+        model.train()(ids, labels=ids).loss.backward()
+        for name, parameter in model.heads.named_parameters():
+            assert parameter.dtype == torch.float32 and parameter.grad is not None, name
+        assert model.trunk.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", MORE_KINDS)
+def test_float32_heads_on_a_bfloat16_base_decode_and_are_loaded_in_its_dtype(kind, tmp_path):
+    model = nextn.attach(make_host("llama").bfloat16(), nextn.MultiTokenConfig(n=3, **MORE_KINDS[kind]))
+    ids = made_up_text(1, 16, seed=3)
     plain = model.generate(ids, max_new_tokens=6, heads=1)
     assert torch.equal(model.generate(ids, max_new_tokens=6), plain)
+    model.save_pretrained(tmp_path)
+    loaded = nextn.load(tmp_path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert torch.equal(loaded.generate(ids, max_new_tokens=6), plain)
+    assert {parameter.dtype for parameter in loaded.train().heads.parameters()} == {torch.float32}
+
+
+def checkpoint_activations(model, **kwargs) -> None:
+    """By the name that this version of transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable(kwargs or None)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("kind", MORE_KINDS)
+def test_gradient_checkpointing_changes_no_gradient(kind, frozen):
+    """Switched on for the model, or for the base before or after heads are attached."""
+    weights = {} if frozen else {"preset": "deepseek"}
+    config = nextn.MultiTokenConfig(n=4, freeze_trunk=frozen, weights=weights, **MORE_KINDS[kind])
+    ids = made_up_text(2, 16, seed=3)
+
+    def gradients(where):
+        base = make_host("llama")
+        if where == "base before":
+            checkpoint_activations(base)
+        torch.manual_seed(1)
+        model = nextn.attach(base, config)
+        if where == "base after":
+            checkpoint_activations(base)
+        if where == "model":
+            checkpoint_activations(model)
+        runs = []
+        module = next(each for each in model.heads.modules() if isinstance(each, torch.nn.Linear))
+        module.register_forward_pre_hook(lambda *_: runs.append(1))
+        loss = model.train()(ids, labels=ids).loss
+        loss.backward()
+        found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        return loss, found, len(runs)
+
+    loss, expected, runs = gradients(None)
+    for where in ("model", "base before", "base after"):
+        checkpointed_loss, checkpointed, checkpointed_runs = gradients(where)
+        torch.testing.assert_close(checkpointed_loss, loss, rtol=0, atol=0)
+        assert checkpointed.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(checkpointed[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+        if kind not in ("eagle3", "mixed_layers"):  # their first linear layer fuses states, outside of a step
+            assert checkpointed_runs == 2 * runs, "the heads must be computed again"
+
+
+def test_reentrant_checkpointing_is_refused():
+    config = nextn.MultiTokenConfig(n=3, freeze_trunk=False, weights={"preset": "deepseek"}, recurrent=True)
+    model = nextn.attach(make_host("llama"), config)
+    for of_the_base in (False, True):  # a base that was set before is refused when training begins
+        with pytest.raises(ConfigError, match="use_reentrant=True loses gradients"):
+            checkpoint_activations(model.base if of_the_base else model, use_reentrant=True)
+            model.train()
+    checkpoint_activations(model, use_reentrant=False)
+    model.train()
 
 
 def test_a_frozen_trunk_keeps_no_graph():

@@ -19,7 +19,8 @@ from conftest import COMMON, CONFIGS, KINDS
 from nextn.cli import app
 from nextn.config import ConfigError
 from nextn.data import DataError, byte_tokenizer
-from nextn.formats import FormatError
+from nextn.formats import FormatError, native
+from nextn.lock import FileLock, LockedError
 from nextn.recipe import Recipe, train
 from nextn.scratch import from_scratch
 
@@ -51,6 +52,12 @@ def attached(tiny_base, text) -> dict:
 
 def state(model) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def files_of(directory: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of writing of all files."""
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path.relative_to(directory)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 def table_of(said: list):
@@ -195,6 +202,162 @@ def test_a_training_that_was_cut_goes_on_to_the_same_end(tiny_base, text, tmp_pa
     assert_equal(state(train(together(tiny_base, text, lora=lora), cut)), whole, rtol=0, atol=1e-6)
 
 
+@pytest.fixture
+def adapted(tiny_base, tmp_path) -> dict:
+    """A base with heads and an adapter, saved, as fields of a recipe."""
+    peft = pytest.importorskip("peft")
+    base = native.load_base(str(tiny_base))
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = nextn.attach(peft.get_peft_model(base, config), nextn.MultiTokenConfig(n=3))
+    model.save_pretrained(tmp_path / "adapted", tokenizer=native.load_tokenizer(str(tiny_base)))
+    return {"base": str(tmp_path / "adapted"), "heads": None}
+
+
+def adapter_of(model) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in state(model.base).items() if "lora_" in name}
+
+
+def test_heads_trained_on_an_adapted_base_bring_its_adapter(adapted, attached, tmp_path):
+    train(Recipe(**attached | adapted | {"vocabulary": None}), tmp_path / "out")
+    before, after = nextn.load(tmp_path / "adapted"), nextn.load(tmp_path / "out", dtype=torch.float32)
+    assert native.base_name(tmp_path / "out") == adapted["base"]
+    assert_equal(state(after.base), state(before.base), rtol=0, atol=0)
+    assert adapter_of(after) and not torch.equal(
+        after.heads.steps[0].eh_proj.weight, before.heads.steps[0].eh_proj.weight
+    )
+
+
+def test_the_adapter_of_a_base_is_trained_and_stays_apart(adapted, tiny_base, text, tmp_path):
+    together_with = {"freeze_trunk": False, "weights": {"preset": "deepseek"}}
+    recipe = together(tiny_base, text).model_dump() | adapted | {"heads": together_with}
+    trained = train(Recipe(**recipe), tmp_path / "out")
+    plain, base = (
+        state(transformers.AutoModelForCausalLM.from_pretrained(path)) for path in (tmp_path / "out", tiny_base)
+    )
+    assert_equal(plain, base, rtol=0, atol=0)
+    loaded, before = nextn.load(tmp_path / "out"), adapter_of(nextn.load(adapted["base"]))
+    assert_equal(adapter_of(loaded), adapter_of(trained), rtol=0, atol=0)
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in adapter_of(loaded).items())
+    with pytest.raises(ConfigError, match="has adapters already"):
+        train(Recipe(**recipe | {"lora": {"r": 2, "target_modules": ["q_proj"]}}), tmp_path / "second")
+
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+
+
+def recipes(attached: dict, tiny_base, text) -> dict[str, Recipe]:
+    """Trainings that end inside an epoch."""
+    fractional = attached["training"] | {"num_train_epochs": 1.5}
+    odd = {"per_device_train_batch_size": 4, "max_steps": 5, "save_steps": 2, "bf16": False, "disable_tqdm": True}
+    return {
+        "attached": Recipe(**attached | {"training": fractional}),
+        "together": together(tiny_base, text, training=odd),
+        "lora": together(tiny_base, text, training=odd, lora=LORA),
+        "streamed": together(tiny_base, text, training=odd, stream=True),
+    }
+
+
+@pytest.mark.parametrize("way", ["attached", "together", "lora", "streamed"])
+def test_a_finished_training_is_left_as_it_is(way, attached, tiny_base, text, tmp_path):
+    if way == "lora":
+        pytest.importorskip("peft")
+    recipe, out = recipes(attached, tiny_base, text)[way], tmp_path / "out"
+    trained = state(train(recipe, out))
+    before, said = files_of(out), []
+    again = train(recipe, out, say=said.append)
+    assert said == [f"{out} holds this training, finished: nothing is changed"]
+    assert files_of(out) == before
+    bounds = {"rtol": 2**-7, "atol": 1e-3} if way == "attached" else {"rtol": 0, "atol": 1e-6}  # stored in bfloat16
+    ours = {name: tensor.to(trained[name].dtype) for name, tensor in state(again).items()}
+    assert_equal(ours, trained, **bounds)
+
+    for leftover in ("finished.json", "nextn/config.json"):  # as if killed after the last checkpoint
+        (out / leftover).unlink()
+    said.clear()
+    train(recipe, out, say=said.append)
+    assert any("going on from" in str(each) for each in said)
+    contents = {name: content for name, (content, _) in files_of(out).items() if "log" not in name}
+    assert contents == {name: content for name, (content, _) in before.items() if "log" not in name}
+
+
+def test_without_a_whole_checkpoint_training_starts_anew_and_says_so(attached, tmp_path):
+    out = tmp_path / "out"
+    trained = state(train(Recipe(**attached), out).heads)
+    (out / "finished.json").unlink()
+    for file in out.glob("checkpoint-*/optimizer.pt"):
+        file.write_bytes(b"")
+    said = []
+    again = train(Recipe(**attached), out, say=said.append)
+    assert sum("is passed over: its optimizer.pt is missing or damaged" in str(each) for each in said) == 2
+    assert any("training starts from the beginning" in str(each) for each in said)
+    assert_equal(state(again.heads), trained, rtol=0, atol=0)
+
+
+@pytest.fixture
+def extended_base(tiny_base, tmp_path) -> Path:
+    """A base whose tokenizer has a token more than the model."""
+    shutil.copytree(tiny_base, tmp_path / "base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.add_tokens(["<call>"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_that_only_the_tokenizer_has_are_refused_before_training(stream, extended_base, text, tmp_path):
+    limits = {"max_steps": 2, "save_steps": 1, "disable_tqdm": True, "bf16": False}
+    train(together(extended_base, text, stream=stream, training=limits), tmp_path / "unused")  # not in the data
+    plain, strange = Path(text).read_text(), json.dumps({"text": "a <call> b"})
+    refused = "gives token 64, but the model's vocabulary has 64"
+    Path(text).write_text(f"{strange}\n{plain}")
+    with pytest.raises(DataError, match=refused):
+        train(together(extended_base, text, stream=stream, training=limits), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    if stream:  # further on in the text, when it is read
+        Path(text).write_text(f"{plain}\n{strange}")
+        with pytest.raises(DataError, match=refused):
+            train(together(extended_base, text, stream=True, training=limits | {"max_steps": 99}), tmp_path / "later")
+
+
+def test_a_padding_token_that_the_model_lacks_is_refused_where_it_is_saved(attached, extended_base, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(extended_base)
+    tokenizer.pad_token = "<call>"
+    tokenizer.save_pretrained(extended_base)
+    (data,) = attached["data"]
+    train(Recipe(**attached | {"base": str(extended_base)}), tmp_path / "heads")
+    with pytest.raises(DataError, match="gives token 64"):
+        train(together(extended_base, data), tmp_path / "model")
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_from_scratch(text, tmp_path):
+    heads = {"n": 3, "freeze_trunk": False, "weights": {"preset": "gloeckle"}}
+    recipe = Recipe(
+        scratch=SHAPE | {"vocab_size": 100, "eos_token_id": 1, "pad_token_id": 0},
+        tokenizer="bytes",
+        heads=heads,
+        data=[text],
+        length=64,
+        training={"max_steps": 2},
+    )
+    with pytest.raises(DataError, match="the model's vocabulary has 100"):
+        train(recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_trimmed_output_keeps_the_most_frequent_tokens_of_the_data(own, attached, tmp_path):
+    output = {"kind": "trimmed", "size": 32, "own": own}
+    stated = attached | {"vocabulary": None, "heads": attached["heads"] | {"output": output}}
+    short = attached | {"training": attached["training"] | {"num_train_epochs": 1}}
+    by_output = train(Recipe(**stated | {"training": short["training"]}), tmp_path / "output")
+    by_vocabulary = train(Recipe(**short), tmp_path / "vocabulary")
+    assert torch.equal(by_output.heads.output.kept, by_vocabulary.heads.output.kept)
+    assert by_output.heads.output.kept.tolist() != list(range(32))
+    streamed = {"stream": True, "training": {"max_steps": 2}}
+    for place, recipe in enumerate((stated, attached)):
+        with pytest.raises(ConfigError, match="which stream does not hold"):
+            train(Recipe(**recipe | streamed), tmp_path / str(place))
+
+
 def test_heads_that_the_checkpoint_has_are_trained_on(attached, text, tmp_path):
     first = train(Recipe(**attached), tmp_path / "first")
     again = {name: value for name, value in attached.items() if name not in ("heads", "vocabulary")}
@@ -219,6 +382,9 @@ def test_overlap_and_validation_are_logged(attached, tmp_path):
     history = json.loads((sorted(tmp_path.glob("checkpoint-*"))[-1] / "trainer_state.json").read_text())["log_history"]
     assert all(0 < entry["overlap_2"] <= 1 for entry in history if "loss_2" in entry)
     assert any("loss_2" in entry for entry in history)
+    tau = [entry["eval_tau"] for entry in history if "eval_tau" in entry][-1]
+    assert nextn.load(tmp_path).held_out_tau == pytest.approx(tau, abs=1e-3)
+    assert f"| τ on held-out text | {tau:.2f} tokens per step |" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("curriculum", ["forward", "reverse"])
@@ -311,12 +477,12 @@ def test_errors_that_show_only_when_it_runs(attached, tmp_path):
             (
                 {"lora": {"r": 2, "target_modules": ["lm_head"]}, **tuned},
                 ConfigError,
-                "the unembedding, which heads share",
+                "lm_head has an adapter, but heads share",
             ),
             (
                 {"lora": {"r": 2, "modules_to_save": ["lm_head"]}, **tuned},
                 ConfigError,
-                "modules_to_save is not supported",
+                "modules_to_save",
             ),
             ({"lora": {"rank": 2}, **tuned}, ConfigError, "lora: .*rank"),
             ({"lora": {"r": 2, "target_modules": ["q_proj"]}, "compile": True, **tuned}, ConfigError, "compile does"),
@@ -383,3 +549,35 @@ def test_every_recipe_runs_at_a_small_size(path, tiny_base, text, tmp_path):
     loaded = nextn.load(tmp_path / "out", base=model.base if model.multi_token.freeze_trunk else None)
     model.heads.to(loaded.trunk.dtype)  # heads of a frozen base are stored as it is, in bfloat16
     assert_equal(state(loaded.heads), state(model.heads), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("trains", ["heads", "whole model"])
+@pytest.mark.parametrize("name", ["nextn/config.json", "checkpoint-500/model.safetensors", "model.safetensors"])
+def test_what_another_program_wrote_is_neither_overwritten_nor_removed(attached, tmp_path, name, trains):
+    out = tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("{}")
+    together = {"freeze_trunk": False, "weights": {"preset": "deepseek"}}
+    heads = attached["heads"] | (together if trains == "whole model" else {})
+    recipe = Recipe(**attached | {"heads": heads})
+    if (name, trains) == ("model.safetensors", "heads"):
+        train(recipe, out, say=lambda _: None)  # heads may lie beside their base
+        assert (out / "nextn" / "heads.safetensors").is_file()
+    else:
+        with pytest.raises(FormatError, match=f"holds {name.partition('/')[0]}, which is of no training"):
+            train(recipe, out, say=lambda _: None)
+        assert [str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()] == [name]
+    assert (out / name).read_text() == "{}"
+
+
+def test_one_training_at_a_time_writes_to_a_directory(attached, tmp_path):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out") as lock:
+        content = json.loads(lock.path.read_text()) | {"host": "elsewhere"}
+    lock.path.write_text(json.dumps(content))
+    with pytest.raises(LockedError, match=r"in use by process \d+ on elsewhere"):
+        train(Recipe(**attached), tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["nextn.lock"]
+    lock.path.unlink()
+    train(Recipe(**attached), tmp_path / "out", say=lambda _: None)
+    assert not lock.path.exists()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
 from torch.utils.data import Dataset, default_collate
 
 import nextn
-from conftest import KINDS, fit, made_up_text, make_host
+from conftest import KINDS, MORE_KINDS, fit, made_up_text, make_host
+from nextn.config import ConfigError
 from nextn.training import last_checkpoint, simulated
 
 
@@ -69,6 +74,46 @@ def test_the_stock_trainer_and_a_loop_train_heads(kind, tmp_path):
     assert looped(ids, labels=ids).loss.item() < first
 
 
+@pytest.mark.parametrize("trainer_class", [nextn.Trainer, transformers.Trainer])
+@pytest.mark.parametrize("kind", [*KINDS, "eagle3", "shared_kv"])
+def test_norms_of_heads_move_on_a_bfloat16_base(kind, trainer_class, tmp_path):
+    torch.manual_seed(3)
+    model = nextn.attach(make_host("llama").bfloat16(), nextn.MultiTokenConfig(n=3, **MORE_KINDS[kind]))
+    before = state(model)
+    settings = arguments(tmp_path, learning_rate=1e-4, max_steps=8, save_strategy="no")
+    trainer = trainer_class(model=model, args=settings, train_dataset=Lines())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    norms = [name for name, tensor in model.heads.state_dict().items() if "norm" in name and tensor.ndim == 1]
+    assert norms
+    for name in norms:
+        assert not torch.equal(model.heads.state_dict()[name], before[f"heads.{name}"]), name
+
+
+def test_resuming_on_a_bfloat16_base_loses_no_bits_of_the_heads(tmp_path):
+    def trained(resume=None, heads=None):
+        torch.manual_seed(3)
+        base = make_host("llama").bfloat16()
+        config = nextn.MultiTokenConfig(n=3, recurrent=True)
+        model = nextn.attach(base, config) if heads is None else nextn.load(heads, base=base)
+        trainer = nextn.Trainer(model=model, args=arguments(tmp_path, learning_rate=1e-4), train_dataset=Lines())
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = trained()
+    resumed = trained(str(tmp_path / "checkpoint-3"), heads=tmp_path / "checkpoint-3")  # opened in bfloat16
+    assert_equal(state(resumed), state(whole), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("trainer_class", [nextn.Trainer, transformers.Trainer])
+def test_reentrant_checkpointing_is_refused_by_trainers(trainer_class, tmp_path):
+    kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    trainer = trainer_class(model=model_of(), args=arguments(tmp_path, **kwargs), train_dataset=Lines())
+    with pytest.raises(ConfigError, match="use_reentrant=True loses gradients"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_resumed_training_equals_training_in_one_go(frozen, tmp_path):
     def train(directory, resume=None, **kwargs):
@@ -108,6 +153,122 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
     (tmp_path / "checkpoint-6" / "trainer_state.json").write_text('{"half')
     assert last_checkpoint(tmp_path).endswith("checkpoint-3")
     assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+def files_of(directory) -> dict[str, tuple[bytes, int]]:
+    """Content and time of writing of all files."""
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path.relative_to(directory)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_steps": 4, "save_steps": 4},
+        {"max_steps": -1, "num_train_epochs": 1.5},
+        {"max_steps": 4, "save_strategy": "epoch", "logging_strategy": "epoch"},
+        {"max_steps": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+        {"max_steps": 6},
+        {
+            "max_steps": 4,
+            "save_steps": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "load_best_model_at_end": True,
+            "learning_rate": 0.5,
+        },
+    ],
+    ids=["inside an epoch", "epochs", "epoch strategy", "accumulated", "end of an epoch", "best"],
+)
+def test_resuming_at_the_last_step_trains_no_further(settings, tmp_path):
+    def trained(resume=None):
+        model = model_of()
+        data = {"train_dataset": Lines(), "eval_dataset": Lines(8)}
+        trainer = nextn.Trainer(model=model, args=arguments(tmp_path, **settings), **data)
+        trainer.train(resume_from_checkpoint=resume)
+        return state(model), trainer.state.global_step
+
+    whole, steps = trained()
+    before = files_of(tmp_path)
+    again, steps_again = trained(resume=True)
+    assert steps_again == steps
+    assert_equal(again, whole, rtol=0, atol=0)
+    assert files_of(tmp_path) == before, "checkpoints must not be written anew"
+
+
+def flip(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {"flipped": flip, "empty": lambda path: path.write_bytes(b""), "missing": lambda path: path.unlink()}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A training with checkpoints after steps 3 and 6."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    nextn.Trainer(model=model_of(), args=arguments(directory), train_dataset=Lines()).train()
+    return directory
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "nextn/heads.safetensors"]
+)
+def test_a_damaged_checkpoint_is_passed_over(name, damage, checkpoints, tmp_path):
+    shutil.copytree(checkpoints, tmp_path, dirs_exist_ok=True)
+    said = []
+    assert last_checkpoint(tmp_path, said.append).endswith("checkpoint-6") and not said
+    DAMAGES[damage](tmp_path / "checkpoint-6" / name)
+    assert last_checkpoint(tmp_path, said.append).endswith("checkpoint-3")
+    (sentence,) = said
+    assert "checkpoint-6 is passed over" in sentence and name in sentence
+    trainer = nextn.Trainer(model=model_of(), args=arguments(tmp_path), train_dataset=Lines())
+    with pytest.raises(ConfigError, match=r"checkpoint-6 cannot be used, its .* is missing or damaged"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+def test_resuming_past_a_damaged_checkpoint_comes_to_the_same_end(checkpoints, tmp_path):
+    shutil.copytree(checkpoints, tmp_path, dirs_exist_ok=True)
+    flip(tmp_path / "checkpoint-6" / "optimizer.pt")
+    model = model_of()
+    trainer = nextn.Trainer(model=model, args=arguments(tmp_path), train_dataset=Lines())
+    trainer.train(resume_from_checkpoint=True)
+    whole = nextn.load(checkpoints / "checkpoint-6", base=model.base)
+    assert_equal(state(model), state(whole), rtol=0, atol=1e-6)
+    assert last_checkpoint(tmp_path).endswith("checkpoint-6"), "written again, it is whole"
+    flip(tmp_path / "checkpoint-6" / "optimizer.pt")
+    flip(tmp_path / "checkpoint-3" / "optimizer.pt")
+    with pytest.raises(ConfigError, match="no whole checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_without_checksums_is_taken_where_it_has_all_files(checkpoints, tmp_path):
+    """An earlier nextn wrote none."""
+    shutil.copytree(checkpoints, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint-6" / "checksums.json").unlink()
+    assert last_checkpoint(tmp_path).endswith("checkpoint-6")
+    (tmp_path / "checkpoint-6" / "optimizer.pt").unlink()
+    assert last_checkpoint(tmp_path).endswith("checkpoint-3")
+
+
+def test_a_damaged_best_checkpoint_is_not_loaded(tmp_path):
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True)
+    trainer = nextn.Trainer(model=model_of(), args=args, train_dataset=Lines(), eval_dataset=Lines(8))
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    flip(best / "nextn" / "heads.safetensors")
+    with pytest.raises(ConfigError, match=r"heads\.safetensors is missing or damaged"):
+        trainer._load_best_model()
+
+
+def test_recomputing_layers_by_themselves_is_refused(tmp_path, monkeypatch):
+    plugin = SimpleNamespace(activation_checkpointing=True)
+    monkeypatch.setattr("accelerate.state.AcceleratorState.fsdp_plugin", plugin, raising=False)
+    with pytest.raises(ConfigError, match="use gradient_checkpointing instead"):
+        nextn.Trainer(model=model_of(), args=arguments(tmp_path), train_dataset=Lines())
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):

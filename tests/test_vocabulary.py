@@ -35,6 +35,15 @@ def test_tokens_are_counted_where_the_model_answers_and_by_domain(tmp_path):
         counted([path], tokenizer, VOCAB, "w")
 
 
+def test_tokens_that_only_the_tokenizer_has_are_not_counted(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<call>"])
+    path = tmp_path / "data.txt"
+    path.write_text("ab <call>")
+    with pytest.raises(DataError, match=f"gives token {VOCAB}, but the model's vocabulary has {VOCAB}"):
+        counted([path], tokenizer, VOCAB)
+
+
 def test_tokens_of_other_scripts_are_told(tmp_path):
     class Two:
         def __len__(self):

@@ -1,12 +1,107 @@
-"""LoRA adapters of a trunk (peft): put in, named, and merged into plain weights at the end."""
+"""Adapters of a trunk (peft's LoRA and its kin): added, checked, trained, and told apart from the plain weights.
+
+peft is imported only where a model can have adapters: without it there are none.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import sys
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nextn.config import ConfigError
+
+# Ways to initialise LoRA that take the adapter's share out of the base weights, so that the base is no longer itself.
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside a `PeftModel`, with its adapters in place; any other model unchanged.
+
+    Raises:
+        ConfigError: for prompt tuning and other methods that do not adapt the weights of layers.
+    """
+    if sys.modules.get("peft") is None:
+        return model
+    from peft import PeftMixedModel, PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    if isinstance(model, PeftMixedModel):
+        raise ConfigError("A PeftMixedModel cannot be saved by peft: merge its adapters (merge_and_unload) first.")
+    if not isinstance(model, PeftModel):
+        return model
+    if not isinstance(model.base_model, BaseTuner):
+        _refuse_kind(model.active_peft_config)
+    return model.get_base_model()
+
+
+def adapter_layers(module: nn.Module) -> dict[str, Any]:
+    """The layers of a module that adapters wrap, by name; where one wraps another, the outer one first."""
+    if sys.modules.get("peft") is None:
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: part for name, part in module.named_modules() if isinstance(part, BaseTunerLayer)}
+
+
+def check_adapters(base: PreTrainedModel) -> None:
+    """Refuse adapters that heads or a saved model would not reproduce.
+
+    Raises:
+        ConfigError: for adapters outside the decoder layers, for methods that do not adapt the weights of layers, and
+            for adapters that change weights of the base.
+    """
+    _check_adapted_modules(base)
+    for name, config in base.peft_config.items() if adapter_layers(base) else ():
+        if not _is_stored_as_it_is(base, name, config):
+            _refuse_kind(config)
+        if (bias := getattr(config, "bias", "none")) != "none":
+            raise ConfigError(f"The adapter has bias={bias!r}, which changes the base: use bias='none'.")
+        start = getattr(config, "init_lora_weights", None)
+        if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
+            raise ConfigError(
+                f"The adapter has init_lora_weights={start!r}, which changes the base: convert it to a plain LoRA, or "
+                "merge it (merge_and_unload), first."
+            )
+
+
+def _check_adapted_modules(base: PreTrainedModel) -> None:
+    layers = adapter_layers(base)
+    inside = tuple(f"{name}." for name in layers)
+    in_decoder = {id(part) for part in base.get_decoder().layers.modules()}
+    for name, part in base.named_modules():
+        if name in layers and id(part) not in in_decoder:
+            raise ConfigError(
+                f"{name} has an adapter, but heads share the embedding, final norm and unembedding: leave them out of "
+                "target_modules, or merge the adapters (merge_and_unload) first."
+            )
+        if type(part).__module__.startswith("peft.") and name not in layers and not name.startswith(inside):
+            raise ConfigError(
+                f"{name} is a {type(part).__name__} of peft (by modules_to_save?), which is not supported: adapt the "
+                "weights of decoder layers only, or merge the adapters (merge_and_unload) first."
+            )
+
+
+def _is_stored_as_it_is(base: PreTrainedModel, name: str, config: Any) -> bool:
+    """Whether the file of an adapter holds tensors of the model, unchanged and all of them."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    if getattr(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "uses_shared_state", False):
+        return False
+    tensors = base.state_dict(keep_vars=True)
+    own = {id(tensor) for tensor in tensors.values()}
+    return all(id(tensor) in own for tensor in adapter_tensors(base, name, tensors).values())
+
+
+def _refuse_kind(config: Any) -> NoReturn:
+    raise ConfigError(
+        f"Adapters of the kind {config.peft_type.value} are not supported: nextn supports adapters of the weights of "
+        "decoder layers, such as LoRA."
+    )
 
 
 def add_adapters(base: PreTrainedModel, settings: dict[str, Any]) -> None:
@@ -16,34 +111,154 @@ def add_adapters(base: PreTrainedModel, settings: dict[str, Any]) -> None:
         settings: the arguments of `peft.LoraConfig`.
 
     Raises:
-        ConfigError: without peft, for settings that it does not take, or for adapters of the embedding or unembedding,
-            which heads share with the trunk.
+        ConfigError: without peft, for settings that it does not take, or for adapters that are not supported.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise ConfigError("lora needs peft: pip install 'nextn[lora]'.") from None
-    if settings.get("modules_to_save"):
-        raise ConfigError("lora: modules_to_save is not supported; train all weights, or adapters alone.")
-    tables = base.get_input_embeddings(), base.get_output_embeddings()
+    if adapter_layers(base):  # one of the same name would be lost
+        raise ConfigError("lora: the base has adapters already; leave lora out to train these, or merge them first.")
     try:
         inject_adapter_in_model(LoraConfig(**settings), base)
+        _check_adapted_modules(base)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lora: {str(error).splitlines()[0]}") from None
-    if (base.get_input_embeddings(), base.get_output_embeddings()) != tables:
-        raise ConfigError("lora: target_modules has the embedding or the unembedding, which heads share; leave it out.")
 
 
-def adapter_names(base: PreTrainedModel) -> list[str]:
-    """The adapters of a trunk by name; none where there are no adapters."""
-    if not any("lora_" in name for name, _ in base.named_parameters()):
-        return []
-    return [name for name, parameter in base.named_parameters() if parameter.requires_grad]
+def active_adapters(base: PreTrainedModel) -> list[str]:
+    """The names of the adapters that a trunk computes with; none where they are switched off."""
+    layer = next(iter(adapter_layers(base).values()), None)
+    return [] if layer is None or layer.disable_adapters else list(layer.active_adapters)
 
 
-def merge_adapters(base: PreTrainedModel) -> None:
-    """Add the adapters of a trunk to its weights, and put the plain layers back."""
-    for name, module in list(base.named_modules()):
-        if hasattr(module, "base_layer") and hasattr(module, "merge"):
-            module.merge()
-            base.set_submodule(name, module.base_layer)
+def set_trained(base: PreTrainedModel, trained: bool) -> None:
+    """Let training change all weights of a trunk or, where it has adapters, the active ones alone; or nothing."""
+    layers = adapter_layers(base)
+    base.requires_grad_(trained and not layers)
+    for layer in layers.values():
+        if trained and not layer.disable_adapters:
+            layer.set_adapter(layer.active_adapters)
+
+
+def merge_adapters(module: nn.Module) -> None:
+    """Put plain layers in the place of adapted ones, with the weights that these compute with.
+
+    These are the sums with the active adapters; adapters that are switched off are left out.
+    """
+    for name, layer in reversed(adapter_layers(module).items()):  # inner ones first
+        if layer.disable_adapters and layer.merged:
+            layer.unmerge()
+        elif not layer.disable_adapters and not layer.merged:
+            layer.merge()
+        module.set_submodule(name, layer.base_layer)
+    if isinstance(module, PreTrainedModel) and hasattr(module, "peft_config"):
+        del module.peft_config
+        module._hf_peft_config_loaded = False
+
+
+def plain_tensors(base: PreTrainedModel, tensors: Mapping[str, Tensor], merged: bool = False) -> dict[str, Tensor]:
+    """The tensors of a model by the names that they have without adapters, and without those of the adapters.
+
+    Args:
+        tensors: of its state dict.
+        merged: with the adapters added to the weights, as `merge_adapters` does it; the model is left as it is.
+
+    Raises:
+        ConfigError: where adapters are merged into the base weights in place, so that these are not at hand.
+    """
+    layers, plain = adapter_layers(base), under_plain_names(base, tensors)
+    if not merged:
+        refuse_merged(base)
+    for name, layer in layers.items() if merged else ():
+        if not any(name.startswith(f"{outer}.") for outer in layers):
+            holder = nn.ModuleDict({"layer": copy.deepcopy(layer)})
+            merge_adapters(holder)
+            plain |= {f"{name}.{key}": tensor for key, tensor in holder["layer"].state_dict().items()}
+    return plain
+
+
+def under_plain_names(base: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model without those of its adapters, by the names that they have without adapters.
+
+    Args:
+        tensors: by their names in the model.
+    """
+    layers, plain = adapter_layers(base), {}
+    for name, tensor in tensors.items():
+        wraps = [layer for layer in layers if name.startswith(f"{layer}.")]
+        if all(name.startswith(f"{layer}.base_layer.") for layer in wraps):
+            plain[_plain_name(name, wraps)] = tensor
+    return plain
+
+
+def is_merged(base: PreTrainedModel) -> bool:
+    """Whether adapters are merged into the weights of a model in place."""
+    return any(layer.merged for layer in adapter_layers(base).values())
+
+
+def refuse_merged(base: PreTrainedModel) -> None:
+    """Refuse a model whose adapters are merged in place, so that its own weights are not available.
+
+    Raises:
+        ConfigError: for such a model.
+    """
+    if is_merged(base):
+        raise ConfigError(
+            "The adapters are merged into the base weights: call unmerge_adapter() first, or save with "
+            "merge_adapters=True."
+        )
+
+
+def _plain_name(name: str, wraps: list[str]) -> str:
+    for layer in reversed(wraps):  # inner ones first: their names hold those of the outer ones
+        name = layer + name.removeprefix(f"{layer}.base_layer")
+    return name
+
+
+def adapter_tensors(base: PreTrainedModel, name: str, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of an adapter by their names in peft's files.
+
+    Args:
+        tensors: of the model's state dict, where they had to be gathered; default: the model's.
+    """
+    from peft import get_peft_model_state_dict
+
+    tensors_by_key = get_peft_model_state_dict(  # "auto" would ask the hub
+        base, state_dict=tensors, adapter_name=name, save_embedding_layers=False
+    )
+    return {f"base_model.model.{key}": tensor for key, tensor in tensors_by_key.items()}
+
+
+def insert_adapter(base: PreTrainedModel, name: str, config: Any) -> None:
+    """Put an adapter of a `PeftConfig` into a model, without values yet."""
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(config, base, name)
+    base._hf_peft_config_loaded = True  # transformers' own switches (set_adapter, disable_adapters) ask for it
+
+
+def set_adapter_tensors(base: PreTrainedModel, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Give an adapter its tensors, in their dtype.
+
+    Args:
+        tensors: by their names in peft's files.
+
+    Raises:
+        ValueError: where they are not those of the adapter.
+    """
+    own = adapter_tensors(base, name, base.state_dict(keep_vars=True))
+    wrong = sorted(own.keys() ^ tensors.keys()) or sorted(key for key in own if own[key].shape != tensors[key].shape)
+    if wrong:
+        raise ValueError(f"first difference: {wrong[0]}")
+    for key, parameter in own.items():
+        parameter.data = tensors[key].to(parameter.device)
+
+
+def activate_adapters(base: PreTrainedModel, names: list[str]) -> None:
+    """Let a trunk compute with some of its adapters and no other ones; nothing is trained."""
+    for layer in adapter_layers(base).values():
+        if names:
+            layer.set_adapter(names, inference_mode=True)
+        else:
+            layer.enable_adapters(False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import secrets
+import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -33,6 +35,9 @@ DType = Literal["auto", "float32", "bfloat16"]
 Kind = Literal["recurrent", "distinct", "parallel"]
 
 
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that the model's repository brings. Read it before.")
+]
 Compile = Annotated[bool, typer.Option("--compile", help="Run as machine code: compiled once, in minutes, and kept.")]
 
 
@@ -67,6 +72,7 @@ def attach(
     batch: Annotated[int, typer.Option(min=1, help="Blocks in a batch.")] = 2,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
     seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train heads on a frozen model."""
     from nextn.config import MultiTokenConfig
@@ -88,7 +94,7 @@ def attach(
             "save_steps": save_steps,
         },
     )
-    run(recipe, out, say=console.print)
+    run(recipe, out, say=console.print, trust_remote_code=trust_remote_code)
 
 
 @app.command()
@@ -103,6 +109,7 @@ def train(
     change: Annotated[
         list[str] | None, typer.Option("--set", help="field=value, over the recipe's: training.max_steps=100.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train by a recipe: from scratch, heads on a frozen model, or both together."""
     from accelerate import PartialState
@@ -111,7 +118,7 @@ def train(
     from nextn.recipe import train as run
 
     given = {name: value for name, value in (("base", base), ("data", data)) if value}
-    run(Recipe.read(recipe, given, change or []), out, say=console.print)
+    run(Recipe.read(recipe, given, change or []), out, say=console.print, trust_remote_code=trust_remote_code)
     PartialState().wait_for_everyone()  # of several processes, the first one writes
     PartialState().destroy_process_group()
 
@@ -119,7 +126,9 @@ def train(
 @app.command()
 @_plainly
 def compress(
-    heads: Annotated[str, typer.Argument(help="Heads that nextn wrote, or the name of the bundled model.")],
+    heads: Annotated[
+        str, typer.Argument(help="Heads that nextn wrote (a directory or a hub name), or the bundled model's name.")
+    ],
     out: Annotated[Path, typer.Option(help="Where the heads go.")],
     output: Annotated[
         str,
@@ -155,15 +164,15 @@ def compress(
     count: Annotated[int | None, typer.Option(min=1, help="So many prompts, from each category in turn.")] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens a prompt.")] = 96,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Give trained heads a smaller output or fewer depths, and say what acceptance that cost."""
     from nextn.compress import AUTO, Compression
     from nextn.compress import compress as run
     from nextn.config import OutputConfig
-    from nextn.formats.native import writable
+    from nextn.evaluation.report import check_report, write_report
 
-    if json_file is not None:
-        writable(json_file.parent)
+    check_report(json_file)
     fields: dict[str, Any] = {"size": size, "rank": rank, "clusters": clusters, "top_clusters": top_clusters}
     fields |= {"own": own or None, "each": each or None}
     given = {name: value for name, value in fields.items() if value is not None}
@@ -183,10 +192,10 @@ def compress(
         prompts=prompts,
         count=count,
         new_tokens=new_tokens,
+        trust_remote_code=trust_remote_code,
     )
     found = run(wanted, out, console)
-    if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=2) + "\n")
+    write_report(json_file, found)
 
 
 @app.command()
@@ -218,18 +227,18 @@ def budget(
     ] = None,
     rate: Annotated[float | None, typer.Option(min=1e-6, help="TFLOP/s. Default: as measured here.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Say what heads and outputs would weigh and cost on a model, and when drafting would pay; allocates nothing."""
     import torch
 
     from nextn.evaluation.budget import Budget, fields_of, shares_of
     from nextn.evaluation.budget import budget as run
+    from nextn.evaluation.report import check_report, write_report
     from nextn.evaluation.roofline import measure_machine
     from nextn.formats.bundled import best_dtype
-    from nextn.formats.native import writable
 
-    if json_file is not None:
-        writable(json_file.parent)
+    check_report(json_file)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     here = measure_machine(best_dtype(), 2**29, device) if bandwidth is None or rate is None else {}
     asked = Budget(
@@ -247,16 +256,18 @@ def budget(
         bandwidth=here["bandwidth"] if bandwidth is None else bandwidth * 1e9,
         rate=here["rate"] if rate is None else rate * 1e12,
         width=best_dtype().itemsize if here else 2,
+        trust_remote_code=trust_remote_code,
     )
     found = run(asked, console)
-    if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=2) + "\n")
+    write_report(json_file, found)
 
 
 @app.command()
 @_plainly
 def generate(
-    model: Annotated[str, typer.Argument(help="A directory that nextn wrote, or with --heads 1 any causal model.")],
+    model: Annotated[
+        str, typer.Argument(help="What nextn wrote (a directory or a hub name); with --heads 1 any causal model.")
+    ],
     prompt: Annotated[str, typer.Argument(help="What the user says.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
     heads: Annotated[int | None, typer.Option(help="1: the plain model alone. Default: all heads.")] = None,
@@ -265,7 +276,12 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Only the most probable tokens of this share.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Only tokens of this share of the best one's probability.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: against what was said already.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text, with drafts and without.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="The same seed gives the same text, with drafts and without. Default: another one each time."
+        ),
+    ] = None,
     tree: Annotated[
         Path | None, typer.Option(help="A tree of drafts (JSON), where it pays; --depth all: always.")
     ] = None,
@@ -274,6 +290,7 @@ def generate(
     ] = "auto",
     dtype: Annotated[DType, typer.Option(help="Dtype of trunk and heads.")] = "auto",
     compile: Compile = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Decode a prompt, streaming, and say what the drafts were worth."""
     from nextn.data import TextStream, checked_prompt
@@ -282,6 +299,7 @@ def generate(
     from nextn.evaluation.acceptance import Acceptance
     from nextn.formats.native import open_for_decoding
 
+    seed = secrets.randbelow(2**31) if seed is None else seed  # PyTorch's generator begins alike in every process
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if heads == 1 and tree is not None:
         raise ValueError("--heads 1 is the plain model, which reads no tree: leave --tree out.")
@@ -295,7 +313,7 @@ def generate(
             "tree": None if tree is None else Tree.read(tree),
         }
     )
-    engine, tokenizer = open_for_decoding(model, heads, dtype, **drafting)
+    engine, tokenizer = open_for_decoding(model, heads, dtype, trust_remote_code=trust_remote_code, **drafting)
     ids = checked_prompt(tokenizer, prompt)
     if compile:
         engine.compile(sampling=not sampling.is_greedy)
@@ -306,11 +324,12 @@ def generate(
         sys.stdout.flush()
 
     ((_, result),) = engine.generate([ids], max_new_tokens, stream, sampling)
+    sys.stdout.write(text.flush() + "\n")
     if result.error is not None:
         raise ValueError(str(result.error))
-    sys.stdout.write("\n")
     figures = Acceptance.of([result], engine.n)
-    Console(stderr=True).print(f"[dim]{len(result.tokens)} tokens, τ {figures.tau:.2f}[/dim]")
+    used = f", seed {seed}" if sampling.by_chance else ""
+    Console(stderr=True).print(f"[dim]{len(result.tokens)} tokens, τ {figures.tau:.2f}{used}[/dim]")
 
 
 @app.command()
@@ -321,9 +340,10 @@ def distill(
     out: Annotated[Path, typer.Option(help="Where answers are appended; prompts answered there are skipped.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Answer this many prompts at most.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Prompts answered side by side.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer; the context ends one too.")] = 256,
     dtype: Annotated[DType, typer.Option(help="Dtype of the model.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the order of the prompts.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Make training text: let the base model answer prompts, in batches, resumable."""
     import random
@@ -332,29 +352,30 @@ def distill(
     from nextn.distill import distill as run
     from nextn.distill import encoded, interleaved, remaining
     from nextn.formats.native import open_for_decoding, writable
+    from nextn.lock import FileLock
 
     records = read_prompts(prompts)
     random.Random(seed).shuffle(records)
     writable(out.parent)
-    todo = remaining(interleaved(records)[:limit], out)
-    engine, tokenizer = open_for_decoding(base, 1, dtype, rows=rows)
-    prompts_todo = encoded(tokenizer, todo, engine.trunk.max_length)
-    if left_out := len(todo) - len(prompts_todo):
-        what = "1 prompt is" if left_out == 1 else f"{left_out} prompts are"
-        console.print(f"{what} too long for the context of {engine.trunk.max_length} tokens and left out")
-    with Progress(
-        TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[t]}")
-    ) as bar:
-        task, tokens = bar.add_task("", total=len(prompts_todo), t=""), 0
-        for count in run(engine, tokenizer, prompts_todo, out, max_new_tokens=max_new_tokens):
-            tokens += count
-            bar.update(task, advance=1, t=f"{tokens:,} tokens")
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[t]}")
+    with FileLock(out):  # from before it is read, so that no prompt is answered by two processes
+        todo = remaining(interleaved(records)[:limit], out)
+        engine, tokenizer = open_for_decoding(base, 1, dtype, rows, trust_remote_code)
+        prompts_todo = encoded(tokenizer, todo, engine.trunk.max_length)
+        if left_out := len(todo) - len(prompts_todo):
+            what = "1 prompt is" if left_out == 1 else f"{left_out} prompts are"
+            console.print(f"{what} too long for the context of {engine.trunk.max_length} tokens and left out")
+        with Progress(TextColumn("answers"), *columns) as bar:
+            task, tokens = bar.add_task("", total=len(prompts_todo), t=""), 0
+            for count in run(engine, tokenizer, prompts_todo, out, max_new_tokens=max_new_tokens):
+                tokens += count
+                bar.update(task, advance=1, t=f"{tokens:,} tokens")
 
 
 @app.command()
 @_plainly
 def info(
-    directory: Annotated[Path, typer.Argument(help="A directory that nextn wrote.")],
+    directory: Annotated[Path, typer.Argument(help="What nextn wrote: a directory or a hub name.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a directory holds: base, hash, heads, parameters and bytes of each part."""
@@ -377,7 +398,9 @@ def info(
 @app.command()
 @_plainly
 def bench(
-    model: Annotated[str, typer.Argument(help="A directory that nextn wrote, or the name of the bundled model.")],
+    model: Annotated[
+        str, typer.Argument(help="What nextn wrote (a directory or a hub name), or the name of the bundled model.")
+    ],
     prompts: Annotated[
         Path | None, typer.Option(help="JSON lines with `prompt` and `category`. Default: those of the demo.")
     ] = None,
@@ -405,6 +428,7 @@ def bench(
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile our engine.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots there.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure speed beside transformers, llama.cpp and vLLM, interleaved, with losslessness and a roofline.
 
@@ -414,16 +438,14 @@ def bench(
 
     from nextn.evaluation.bench import Settings, conditions, tables
     from nextn.evaluation.bench import bench as run
+    from nextn.evaluation.report import check_report, write_report
     from nextn.formats.bundled import best_dtype
-    from nextn.formats.native import base_of, load_tokenizer, writable
+    from nextn.formats.native import tokenizer_of
 
     if html is not None and find_spec("matplotlib") is None:
         raise ValueError("The page needs matplotlib: pip install 'nextn[eval]'.")
-    for file in (json_file, html):
-        if file is not None:
-            writable(file.parent)
-            if file.is_dir():
-                raise ValueError(f"{file} is a directory; name a file.")
+    check_report(json_file)
+    check_report(html)
     wanted = str(best_dtype()).removeprefix("torch.") if dtype == "auto" else dtype
     settings = Settings(
         model=model,
@@ -436,6 +458,7 @@ def bench(
         vllm_python=vllm_python,
         replay=replay,
         eager=eager,
+        trust_remote_code=trust_remote_code,
     )
     if batch is None and temperature is None and (tree is not None or method != "coupled"):
         raise ValueError("--tree and --method go with --batch or --temperature.")
@@ -450,12 +473,11 @@ def bench(
     for table in tables(found):
         console.print(table)
     console.print(f"[dim]{conditions(found)}[/dim]", highlight=False)
-    if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=2) + "\n")
+    write_report(json_file, found)
     if html is not None:
         from nextn.evaluation.page import page
 
-        html.write_text(page(found, load_tokenizer(base_of(model))))
+        write_report(html, page(found, tokenizer_of(model, trust_remote_code)))
 
 
 def _bench_batches(
@@ -465,6 +487,7 @@ def _bench_batches(
     from nextn.decoding.sampling import Sampling
     from nextn.decoding.tree import Tree
     from nextn.evaluation.batches import Sweep, conditions, numbers, sweep, table
+    from nextn.evaluation.report import write_report
 
     varied = Sweep(
         batches=numbers(batch, "--batch"),
@@ -476,8 +499,7 @@ def _bench_batches(
         raise ValueError("--batch measures our own engines only: leave --gguf, --vllm-python and --replay out.")
 
     def keep(found: dict[str, Any]) -> None:
-        if json_file is not None:
-            json_file.write_text(json.dumps(found, indent=2) + "\n")
+        write_report(json_file, found)
 
     found = sweep(settings, varied, console, keep)
     console.print(table(found["rows"]))
@@ -497,21 +519,23 @@ def demo(
 ) -> None:
     """Decode a few prompts with a real model, with and without heads, and check the text."""
     from nextn.evaluation.demo import demo as run
+    from nextn.evaluation.report import check_report, write_report
     from nextn.formats.bundled import best_dtype, bundled_model, shipped_heads
-    from nextn.formats.native import load, load_base, load_tokenizer, named_dtype, writable
+    from nextn.formats.native import check_tokenizer, load, load_base, load_tokenizer, named_dtype
 
-    if json_file is not None:
-        writable(json_file.parent)
+    check_report(json_file)
     wanted = best_dtype() if dtype == "auto" else named_dtype(dtype)
     directory = str(bundled_model(say=console.print))
     model = load(heads or shipped_heads(), base=load_base(directory, wanted))
-    report = run(model, load_tokenizer(directory), console, max_new_tokens, compile)
-    if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    tokenizer = load_tokenizer(directory)
+    check_tokenizer(heads or shipped_heads(), tokenizer)
+    report = run(model, tokenizer, console, max_new_tokens, compile)
+    write_report(json_file, report)
 
 
 def main() -> None:
     """Entry point of the `nextn` command."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that locks are released
     app()
 
 

@@ -38,13 +38,16 @@ from nextn.evaluation.costs import (
 from nextn.evaluation.demo import PROMPTS
 from nextn.evaluation.report import acceptance_json, machine, narrow_table
 from nextn.evaluation.roofline import measure_machine
+from nextn.files import sha256, write_json
 from nextn.formats import FormatError, native
-from nextn.formats.bundled import best_dtype, sha256
+from nextn.formats.bundled import best_dtype
+from nextn.lock import FileLock
 from nextn.model import MultiTokenModel
 from nextn.recipe import Recipe, train
 from nextn.vocabulary import counted, foreign_to, listed, most_frequent
 
 AUTO = "auto"
+CLAIM = "compress.json"  # what a directory of compressed heads was made from
 START = "start"  # where derived heads lie while they recover
 KEEP, LEARNING_RATE = 0.95, 5e-4
 
@@ -65,6 +68,7 @@ class Compression:
     steps: of recovery training, the trunk frozen; 0 for none.
     learning_rate: of recovery training; default: 5e-4.
     prompts, count, new_tokens, rows: what acceptance is measured on; default: the prompts of the demo.
+    trust_remote_code: run the code that the base's repository brings.
     """
 
     heads: str
@@ -81,6 +85,7 @@ class Compression:
     count: int | None = None
     new_tokens: int = 96
     rows: int = 8
+    trust_remote_code: bool = False
 
 
 @dataclass
@@ -128,12 +133,18 @@ def compress(wanted: Compression, out: Path, console: Console) -> dict[str, Any]
 
     Raises:
         ConfigError, DataError, FormatError: where that cannot work; the message says why.
+        LockedError: where another process writes to `out`.
     """
     directory = native.heads_directory(wanted.heads)
     _check(wanted, native.config_of(directory).n)
+    with FileLock(native.writable(out)):
+        return _compress(wanted, directory, out, console)
+
+
+def _compress(wanted: Compression, directory: Path, out: Path, console: Console) -> dict[str, Any]:
     claim = _claim(wanted, directory, out)
-    model = native.load(directory, dtype=best_dtype())
-    tokenizer = native.load_tokenizer(native.base_of(directory))
+    model = native.load(wanted.heads, dtype=best_dtype(), trust_remote_code=wanted.trust_remote_code)
+    tokenizer = native.tokenizer_of(wanted.heads, wanted.trust_remote_code)
     prompts = _prompts(wanted, tokenizer, model, console)
     derived, left_out = _derived(wanted, model, tokenizer)
     with Progress(console=console, transient=True) as bar:
@@ -154,14 +165,14 @@ def compress(wanted: Compression, out: Path, console: Console) -> dict[str, Any]
     if wanted.depths is not None:
         n, why = (claim["n"], []) if "n" in claim else _depths(wanted, chosen)
         reasons += why
-        _write_claim(out, claim | {"n": n})  # what was timed once holds when the command goes on
+        write_json(out / CLAIM, claim | {"n": n})  # what was timed once holds when the command goes on
         if n < chosen.model.multi_token.n:
             shorter = derive(chosen.model, chosen.model.multi_token.output, n)
             chosen = _beside(before, measure(f"{chosen.name}, n = {n}", shorter, prompts, wanted))
     if wanted.steps:
         chosen = _beside(before, _recover(wanted, chosen, prompts, tokenizer, out, console))
     else:
-        _save(chosen.model, directory, out, tokenizer)
+        _save(chosen.model, wanted.heads, out, tokenizer)
     shown = [before, *tried, *([chosen] if chosen is not before and chosen not in tried else [])]
     console.print(table(shown))
     for reason in reasons:
@@ -217,24 +228,29 @@ def _claim(wanted: Compression, directory: Path, out: Path) -> dict[str, Any]:
     Raises:
         FormatError: where `out` holds something else, which would be mixed with this or lost.
     """
-    asked = {name: value for name, value in asdict(wanted).items() if name != "rows"}
+    request = {name: value for name, value in asdict(wanted).items() if name not in ("rows", "trust_remote_code")}
     files = [native.heads_file(directory), *wanted.data, *(file for file in (wanted.tokens, wanted.prompts) if file)]
     digests = {str(file): sha256(file) for file in files if Path(file).is_file()}
-    claim = json.loads(json.dumps({"asked": asked, "sha256": digests}, default=str))
-    path = native.writable(out) / "compress.json"
+    claim = json.loads(json.dumps({"asked": request, "sha256": digests}, default=str))
+    path = native.writable(out) / CLAIM
     if path.is_file():
-        found = json.loads(path.read_text())
-        if {name: found.get(name) for name in claim} == claim:
-            return found
+        earlier = _json_object(path)
+        if {name: earlier.get(name) for name in claim} == claim:
+            return earlier
         raise FormatError(f"{out} holds another compression ({path}); choose another directory.")
     if native.has_heads(out):
         raise FormatError(f"{out} holds heads already; choose another directory.")
-    _write_claim(out, claim)
+    write_json(path, claim)
     return claim
 
 
-def _write_claim(out: Path, claim: dict[str, Any]) -> None:
-    (out / "compress.json").write_text(json.dumps(claim, indent=2) + "\n")
+def _json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one for any other file."""
+    try:
+        content = json.loads(path.read_text())
+        return content if isinstance(content, dict) else {}
+    except ValueError:
+        return {}
 
 
 def _prompts(
@@ -325,7 +341,7 @@ def _kept(
     return most_frequent(counts, config.size, always=special, never=foreign)
 
 
-def _save(model: MultiTokenModel, source: Path, out: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def _save(model: MultiTokenModel, source: str, out: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     name = native.base_name(source)
     native.save_heads(model, out, base_name=name, dtype=torch.bfloat16, tokenizer=tokenizer)
 
@@ -422,7 +438,8 @@ def _recover(
 ) -> Measured:
     """Train derived heads for a few steps; killed, the same command goes on from the last checkpoint."""
     start = out / START
-    _save(chosen.model, native.heads_directory(wanted.heads), start, tokenizer)
+    if not native.has_heads(start):
+        _save(chosen.model, wanted.heads, start, tokenizer)
     frozen: Any = {"freeze_trunk": True}  # also for heads that were trained together with their trunk
     recipe = Recipe(
         base=str(start),
@@ -435,7 +452,7 @@ def _recover(
             "save_steps": 100,
         },
     )
-    train(recipe, out, say=console.print)
+    train(recipe, out, say=console.print, trust_remote_code=wanted.trust_remote_code)
     recovered = native.load(out, base=chosen.model.base)
     after = measure(f"{chosen.name}, recovered", recovered, prompts, wanted)
     after.notes["recovered"] = wanted.steps

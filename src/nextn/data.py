@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.decoders import DecodeStream
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from nextn.chat import chat_ids
 from nextn.losses import IGNORE
 
 
@@ -28,6 +30,7 @@ class DataError(ValueError):
 
 _NO_TEXT = "The data has no usable text: expected records with `text`, with `prompt` and `answer`, or with `messages`."
 _PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".arrow", ".bin", ".csv", ".tsv")  # no text to train on as it is
+_ROLES = ("system", "developer", "user", "assistant", "tool")  # and those that a chat template names
 Example = tuple[list[int], list[int]]  # token ids, and the labels of the same places
 
 
@@ -141,30 +144,55 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """A user's prompt as token ids: through the chat template where there is one, else as it is."""
     if tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
-        return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"])
+        return chat_ids(tokenizer, message, add_generation_prompt=True)
     return list(tokenizer(prompt)["input_ids"])
 
 
 class TextStream:
-    """Token ids to text as they come; a character that takes several tokens appears with the last of them."""
+    """Token ids to text as they come; a character that takes several tokens appears with the last of them.
 
-    def __init__(self, tokenizer: Any) -> None:
-        if not hasattr(tokenizer, "backend_tokenizer"):
-            raise DataError(f"{type(tokenizer).__name__} cannot stream; load the fast version of this tokenizer.")
-        self._backend = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+    The pieces, that of `flush` included, make up what `tokenizer.decode` gives for all tokens without the special ones;
+    only where bytes of a broken character follow those of a whole one, a decoder with byte fallback shows neither.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        # First tokens whose text is complete and shown: the context of the others: a decoder may strip a first space.
+        # Then those whose text may still change.
+        self._ids: list[int] = []
+        self._shown, self._context = "", 0
 
     def push(self, token: int) -> str:
         """The text that `token` completes; may be empty."""
-        return self._stream.step(self._backend, token) or ""
+        self._ids.append(token)
+        text = self._decoded()
+        if len(text) <= len(self._shown) or text.endswith("\ufffd"):  # perhaps the first bytes of a character
+            return ""
+        piece = text[len(self._shown) :]
+        self._ids, self._context = self._ids[self._context :], len(self._ids) - self._context
+        self._shown = self._decoded()
+        return piece
+
+    def flush(self) -> str:
+        """The text of what is left when no more tokens come: a character that was cut, as `decode` shows it."""
+        piece = self._decoded()[len(self._shown) :]
+        self._ids, self._shown, self._context = [], "", 0
+        return piece
+
+    def _decoded(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def example(tokenizer: Any, record: dict[str, Any]) -> Example | None:
     """One record as (ids, labels); None where it holds no usable text.
 
-    `{"messages"}` (a chat, with `role` and `content`) trains on what the assistant says; `{"prompt", "answer"}` on the
-    answer, its end token included unless `finish` says that it was cut (`tokens`, where `distill` wrote them, are the
-    answer as it was emitted); `{"text"}` on all of it.
+    `{"messages"}` (a chat, with `role` and `content`) trains on what the assistant says in answer to something;
+    `{"prompt", "answer"}` on the answer, its end included unless `finish` says that it was cut (`tokens`, where
+    `distill` wrote them, are the answer as it was emitted); `{"text"}` on all of it. Both kinds of answers end as the
+    chat template ends a turn of the assistant, or without one, with the tokenizer's end token.
+
+    Raises:
+        DataError: for a chat that cannot be read.
     """
     answer, text = record.get("answer"), record.get("text")
     if isinstance(record.get("messages"), list):
@@ -179,31 +207,87 @@ def example(tokenizer: Any, record: dict[str, Any]) -> Example | None:
 
 
 def _chat(tokenizer: Any, messages: list[dict[str, Any]]) -> Example | None:
-    """A chat, with labels on what the assistant says, its end token included."""
+    """A chat, with labels on what the assistant says, its end token included; None where it answers nothing.
+
+    A chat may begin with the assistant: there is no prompt for what it says first, which is read and not trained on.
+    """
     if not tokenizer.chat_template:
         raise DataError(f"{tokenizer.name_or_path or 'The tokenizer'} has no chat template, but the data has messages.")
+    messages = _checked_chat(tokenizer, messages)
+    after = len(_end_of_turn(tokenizer)[1])
     ids: list[int] = []
     labels: list[int] = []
     for place, message in enumerate(messages):
-        if message.get("role") != "assistant":
+        if message["role"] != "assistant" or place == 0:
             continue
-        asked = _templated(tokenizer, messages[:place], add_generation_prompt=True)
-        said = _templated(tokenizer, messages[: place + 1])
+        asked = chat_ids(tokenizer, messages[:place], add_generation_prompt=True)
+        said = chat_ids(tokenizer, messages[: place + 1])
         if asked[: len(ids)] != ids or said[: len(asked)] != asked:
             raise DataError("The chat template rewrites earlier turns, so that no answer can be told from its chat.")
-        labels += [IGNORE] * (len(asked) - len(labels)) + said[len(asked) :]
+        end = max(len(asked), len(said) - after)
+        labels += [IGNORE] * (len(asked) - len(labels)) + said[len(asked) : end] + [IGNORE] * (len(said) - end)
         ids = said
-    return (ids, labels) if ids else None
+    if not ids:
+        return None
+    end = len(ids) - after
+    return ids[:end], labels[:end]
 
 
-def _templated(tokenizer: Any, messages: list[dict[str, Any]], **kwargs: Any) -> list[int]:
-    return list(tokenizer.apply_chat_template(messages, return_dict=True, **kwargs)["input_ids"])
+def _checked_chat(tokenizer: Any, messages: list[Any]) -> list[dict[str, Any]]:
+    """A chat that a template can read, with contents in parts of text joined: many templates would print the list.
+
+    Raises:
+        DataError: for what a template would misread, with the number of the message, counted from 1.
+    """
+    checked = []
+    for number, message in enumerate(messages, start=1):
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str):
+            raise DataError(f"message {number} has no role; expected objects with role and content.")
+        if role not in _ROLES and role not in str(tokenizer.chat_template):
+            raise DataError(f"message {number} has the role {role!r}; expected one of {', '.join(_ROLES)}.")
+        content = message.get("content")
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            content = "".join(str(part.get("text", "")) for part in content)
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise DataError(f"the content of message {number} is no text.")
+        checked.append(message | {"content": content})
+    return checked
+
+
+def _end_of_turn(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that end what the assistant says, and those that the chat template puts after them (a newline)."""
+    return _template_end(tokenizer, str(tokenizer.chat_template), tokenizer.eos_token_id)
+
+
+@functools.lru_cache(maxsize=1)
+def _template_end(tokenizer: Any, template: str, eos: int | None) -> tuple[list[int], list[int]]:
+    """`_end_of_turn`, found once for a template."""
+    otherwise: list[int] = [] if eos is None else [eos]
+    if not tokenizer.chat_template:
+        return otherwise, []
+    # What two chats end with that differ in what the assistant says.
+    first, second = (
+        chat_ids(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}])
+        for content in ("a", "b")
+    )
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(first), reversed(second), strict=False))
+    end = [token for token, _ in same][::-1]
+    special = [place for place, token in enumerate(end) if token in _special_ids(tokenizer)]
+    if first == second or not special:  # no template of which an end can be known
+        return otherwise, []
+    return end[: special[0] + 1], end[special[0] + 1 :]
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    added = {token for token, known in tokenizer.added_tokens_decoder.items() if known.special}
+    return added | set(tokenizer.all_special_ids)
 
 
 def _answer_ids(tokenizer: Any, record: dict[str, Any]) -> list[int]:
     """An answer as the model emitted it, its own end token included, where the record has such `tokens`.
 
-    Else, or where they are another tokenizer's, the answer's text and the end token.
+    Else, or where they are another tokenizer's, the answer's text and the end of a turn.
     """
     answer: str = record["answer"]
     tokens: Any = record.get("tokens")
@@ -211,8 +295,20 @@ def _answer_ids(tokenizer: Any, record: dict[str, Any]) -> list[int]:
     if known and tokenizer.decode(tokens, skip_special_tokens=True) == answer:
         return list(tokens)
     ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-    whole = record.get("finish", "stop") == "stop" and tokenizer.eos_token_id is not None
-    return [*ids, tokenizer.eos_token_id] if whole else ids
+    return ids + _end_of_turn(tokenizer)[0] if record.get("finish", "stop") == "stop" else ids
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse token ids that a model does not have.
+
+    Raises:
+        DataError: where one is not below `vocab_size`.
+    """
+    if ids and max(ids) >= vocab_size:
+        raise DataError(
+            f"The tokenizer gives token {max(ids)}, but the model's vocabulary has {vocab_size}, counted from 0; a "
+            "token was added to the tokenizer alone: resize the model's embeddings and train them, or remove the token."
+        )
 
 
 class PackedBlocks(Dataset):
@@ -245,6 +341,16 @@ class PackedBlocks(Dataset):
         chosen.blocks = [self.blocks[place] for place in places]
         return chosen
 
+    def check_tokens(self, vocab_size: int) -> None:
+        """Refuse tokens that a model with so many does not have.
+
+        Raises:
+            DataError: where there is one.
+        """
+        for block in self.blocks:
+            for ids, _ in block:
+                check_ids(ids, vocab_size)
+
     @property
     def labels(self) -> Tensor:
         """The tokens that carry a label, one after the other."""
@@ -267,6 +373,16 @@ class StreamedBlocks(IterableDataset):
 
     def __init__(self, examples: Callable[[], Iterable[Example]], length: int, pad_id: int) -> None:
         self.examples, self.length, self.pad_id = examples, length, pad_id
+        self.vocab_size: int | None = None
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """Refuse tokens that a model with so many does not have, as the text comes.
+
+        Raises:
+            DataError: now, where the first block has one; later ones are checked when they are read.
+        """
+        self.vocab_size = vocab_size
+        next(iter(self), None)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         blocks = _first_fit(self.examples(), self.length)
@@ -275,6 +391,9 @@ class StreamedBlocks(IterableDataset):
         found = False
         for documents in chosen:
             found = True
+            if self.vocab_size is not None:
+                for ids, _ in documents:
+                    check_ids(ids, self.vocab_size)
             yield _block(documents, self.length, self.pad_id)
         if not found and worker is None:
             raise DataError(_NO_TEXT)
@@ -313,13 +432,32 @@ def _first_fit(examples: Iterable[Example], length: int, open_blocks: int = 16) 
     yield from (block for _, block in blocks)
 
 
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Say which record an error is of.
+
+    Raises:
+        DataError: in place of any error: chat templates and tokenizers raise whatever they like.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        raise DataError(f"{where}: {reason}.") from None
+
+
 def examples_of(
     sources: Iterable[str | Path], tokenizer: PreTrainedTokenizerBase, length: int, split: str = "train"
 ) -> Iterator[Example]:
-    """The usable records of data sources as (ids, labels), plain text in pieces of at most `length` tokens."""
+    """The usable records of data sources as (ids, labels), plain text in pieces of at most `length` tokens.
+
+    Raises:
+        DataError: for a record that cannot be read, with its number, counted from 1.
+    """
     for source in sources:
-        for record in records_of(source, split):
-            made = example(tokenizer, record)
+        for number, record in enumerate(records_of(source, split), start=1):
+            with naming(f"{source}, record {number}"):
+                made = example(tokenizer, record)
             if made is None:
                 continue
             if "answer" in record or "messages" in record:

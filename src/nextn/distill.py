@@ -10,19 +10,30 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator
+from io import FileIO
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from nextn.data import prompt_ids, read_jsonl
+from nextn.data import DataError, naming, prompt_ids
 from nextn.decoding.engine import Engine
+from nextn.lock import FileLock
+
+LONGEST_LINE = 2**26  # bytes; no answer takes as many
 
 Prompt = tuple[dict[str, Any], list[int]]  # a record with a `prompt`, and that prompt as token ids
 
 
 def encoded(tokenizer: Any, records: list[dict[str, Any]], context: int) -> list[Prompt]:
-    """The records whose prompt leaves room for an answer in the model's context, with the prompt as token ids."""
-    prompts = [(record, prompt_ids(tokenizer, record["prompt"])) for record in records]
+    """The records whose prompt leaves room for an answer in the model's context, with the prompt as token ids.
+
+    Raises:
+        DataError: for a prompt that the tokenizer or its chat template cannot read.
+    """
+    prompts = []
+    for record in records:
+        with naming(f"The prompt {record['prompt'][:40]!r}"):
+            prompts.append((record, prompt_ids(tokenizer, record["prompt"])))
     return [(record, ids) for record, ids in prompts if len(ids) < context]
 
 
@@ -31,17 +42,55 @@ def distill(
 ) -> Iterator[int]:
     """Answer each prompt greedily and append its record, with `answer`, its `tokens` and `finish`, to `out`.
 
+    Answers end where the model's context does: what a model writes past it is not what it was trained to write.
+
     Yields:
         the number of tokens of each answer, once it is written.
+
+    Raises:
+        DataError: where `out` holds anything but answers or cannot be written, such as on a full disk, or, at the
+            end, where prompts could not be answered. Answers that were written stay.
+        LockedError: where another process writes to `out`.
     """
     order = like_lengths_together([len(ids) for _, ids in prompts], 8 * engine.rows)
-    with out.open("a", encoding="utf-8") as file:
-        for place, result in engine.generate([prompts[index][1] for index in order], max_new_tokens):
-            answer = tokenizer.decode(result.tokens, skip_special_tokens=True)
-            record = {**prompts[order[place]][0], "answer": answer, "finish": result.finish, "tokens": result.tokens}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
-            yield len(result.tokens)
+    limits = [min(max_new_tokens, engine.trunk.max_length - len(prompts[index][1])) for index in order]
+    failed: list[Exception] = []
+    with FileLock(out):
+        repair(out)
+        with out.open("ab", buffering=0) as file:
+            for position, result in engine.generate([prompts[index][1] for index in order], limits):
+                if result.error is not None:
+                    failed.append(result.error)
+                    continue
+                answer = tokenizer.decode(result.tokens, skip_special_tokens=True)
+                response = {"answer": answer, "finish": result.finish, "tokens": result.tokens}
+                _append(file, _line(prompts[order[position]][0] | response), out)
+                yield len(result.tokens)
+    if failed:
+        raise DataError(
+            f"{len(failed)} of {len(prompts)} prompts have no answer ({failed[0]}); the same command tries again."
+        )
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can escape and UTF-8 cannot hold
+        return json.dumps(record).encode() + b"\n"
+
+
+def _append(file: FileIO, line: bytes, out: Path) -> None:
+    """Append a line as a whole, or leave the file as it was."""
+    end, rest = os.fstat(file.fileno()).st_size, memoryview(line)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError as error:
+        file.truncate(end)
+        raise DataError(
+            f"{out} cannot be written ({error.strerror}); the answers that it holds are whole, and the same command "
+            "goes on from there."
+        ) from None
 
 
 def like_lengths_together(lengths: list[int], window: int) -> list[int]:
@@ -63,19 +112,67 @@ def remaining(prompts: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
 
 
 def answered(out: Path) -> set[str]:
-    """The prompts that a file already answers; a last line that a kill cut short is removed from it."""
+    """The prompts that a file already answers.
+
+    Raises:
+        DataError: for what is no file, or holds anything but answers that `distill` wrote.
+    """
+    return _read(out)[0]
+
+
+def repair(out: Path) -> None:
+    """End a file of answers with a whole line: complete the last one, or remove what a kill left of it.
+
+    Raises:
+        DataError: see `answered`.
+    """
+    _, whole, rest = _read(out)
+    if _prompt_of(rest) is not None:  # only the end of the line is missing
+        with out.open("ab") as file:
+            file.write(b"\n")
+    elif rest:
+        os.truncate(out, whole)
+
+
+def _read(out: Path) -> tuple[set[str], int, bytes]:
+    """The prompts that a file answers, how many bytes its whole lines take, and what is left after them."""
     if not out.exists():
-        return set()
-    text = out.read_bytes()
-    end = text.rfind(b"\n") + 1
-    if text[end:]:
-        try:
-            json.loads(text[end:])
-            with out.open("ab") as file:
-                file.write(b"\n")
-        except ValueError:
-            os.truncate(out, end)
-    return {record.get("prompt", "") for record in read_jsonl(out)} if out.stat().st_size else set()
+        return set(), 0, b""
+    if not out.is_file():
+        raise DataError(f"{out} is no ordinary file; answers are appended to one, so name another.")
+    done: set[str] = set()
+    whole, number, rest = 0, 0, b""
+    try:
+        with out.open("rb") as file:
+            while line := file.readline(LONGEST_LINE):
+                number += 1
+                prompt = _prompt_of(line)
+                if line.endswith(b"\n") and (prompt is not None or not line.strip()):
+                    whole += len(line)
+                elif (done or prompt is not None) and len(line) < LONGEST_LINE and not line.endswith(b"\n"):
+                    rest = line
+                else:
+                    raise DataError(
+                        f"{out}, line {number}, is no answer that nextn distill wrote; nothing is appended to other "
+                        "files, so name another."
+                    )
+                if prompt is not None:
+                    done.add(prompt)
+    except OSError as error:
+        raise DataError(f"{out} cannot be read: {error.strerror}.") from None
+    if not os.access(out, os.W_OK):
+        raise DataError(f"{out} cannot be written to: permission denied.")
+    return done, whole, rest
+
+
+def _prompt_of(line: bytes) -> str | None:
+    """The prompt of an answer as `distill` writes it; None for any other line."""
+    try:
+        record = json.loads(line)
+        prompt, answer = record["prompt"], record["answer"]
+        return prompt if isinstance(prompt, str) and isinstance(answer, str) and "finish" in record else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def interleaved(prompts: list[dict[str, Any]], key: str = "category") -> list[dict[str, Any]]:

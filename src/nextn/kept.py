@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from nextn.data import PackedBlocks
+from nextn.digest import structure_of, weights_of
 from nextn.formats import native
 from nextn.model import MultiTokenModel
 
@@ -99,8 +101,14 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _name(blocks: PackedBlocks, model: MultiTokenModel, top_k: int) -> str:
-    """A name for the directory that another text, base, tap or objective does not share."""
-    what = (native.hash_of(model.base), model.heads.tap, blocks.length, top_k, model.multi_token.objective.temperature)
+    """A name for the directory that another text, base, tap or objective does not share.
+
+    The base counts as it is in memory: its weights may have been changed since it was loaded, or adapters be active.
+    """
+    what = (
+        structure_of(model.base), weights_of(model.base), model.trunk.settings(), torch.__version__,
+        transformers.__version__, model.heads.tap, blocks.length, top_k, model.multi_token.objective.temperature,
+    )  # fmt: skip
     digest = hashlib.sha256(repr(what).encode())
     for place in range(len(blocks)):
         for part in ("input_ids", "position_ids"):  # positions tell documents apart

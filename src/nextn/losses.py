@@ -11,10 +11,12 @@ depths that share a table are one call, so that it has one gradient however many
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +24,10 @@ from torch.utils.checkpoint import checkpoint
 
 from nextn import fused
 from nextn.config import ObjectiveConfig
+from nextn.logits import LogitTransform
 from nextn.output import Output, best
 from nextn.teachers import Distribution, Teacher, at_least_float32
-from nextn.trunk import Trunk
+from nextn.trunk import Trunk, this_thread
 
 IGNORE = -100
 CHUNK = 100_000_000  # logits that are there at one time: 0.4 GB in float32, whatever the vocabulary
@@ -101,20 +104,21 @@ def depth_losses(
     states = [output.prepare(trunk, each).flatten(0, 1) for each in distinct.values()]
     reads = [list(distinct).index(id(depth.states)) for depth in depths]
     module = output.projection(trunk)
-    project = module.forward
-    # Inside its own forward the module cannot be called once more.
-    unembed = project if module is trunk.unembedding else trunk.unembedding
-    teachers = [
-        None if each.teacher is None else each.teacher.distribution(trunk, output, unembed, objective.temperature)
-        for each in depths
-    ]
     weights = [depth.weight for depth in depths]
-    whole = objective.follows != "text" or not _is_plain_linear(module)  # logits of all tokens are made
-    chunk = chunk or max(1, CHUNK // (trunk.vocab_size if whole else output.size(trunk)))
-    plan = _Plan(weights, reads, aimed, teachers, objective, chunk)
-    through = _through_table if _is_plain_linear(module) else _through_module
-    with _forward_is(module, lambda *given: through(module, project, output.rows, plan, *given)):
-        total, sums, overlaps, hits = module(*states)
+    with _locks.setdefault(module, threading.RLock()):  # another thread's loss would find this forward in the module
+        plain, project = _is_plain_linear(module), module.forward
+        # Inside its own forward the module cannot be called once more.
+        unembed = project if module is trunk.unembedding else trunk.unembedding
+        teachers = [
+            None if each.teacher is None else each.teacher.distribution(trunk, output, unembed, objective.temperature)
+            for each in depths
+        ]
+        whole = objective.follows != "text" or not plain  # logits of all tokens are made
+        chunk = chunk or max(1, CHUNK // (trunk.vocab_size if whole else output.size(trunk)))
+        plan = _Plan(weights, reads, aimed, teachers, objective, output.transform(trunk), chunk)
+        through = _through_table if plain else _through_module
+        with _forward_is(module, lambda *given: through(module, project, output.rows, plan, *given)):
+            total, sums, overlaps, hits = module(*states)
     return Losses(total, sums, hits.view(len(depths), *depths[0].targets.shape), overlaps)
 
 
@@ -129,14 +133,23 @@ def _aimed(output: Output, depth: Depth, objective: ObjectiveConfig) -> Tensor:
     return targets.flatten()
 
 
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # by projection
+
+
 @contextmanager
 def _forward_is(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let calling a module run `forward`, so that its hooks run around that.
 
-    FSDP2 gathers a sharded weight in such a hook; whoever reads the weight outside gets a shard.
+    FSDP2 gathers a sharded weight in such a hook; reading the weight outside gives a shard. Other threads that call the
+    module meanwhile run its own forward.
     """
-    own = module.__dict__.get("forward")
-    module.forward = forward  # the instance's own hides the class's
+    own, thread = module.__dict__.get("forward"), this_thread()
+    usual = module.forward
+
+    def by_thread(*given: Any) -> Any:
+        return (forward if this_thread() == thread else usual)(*given)
+
+    module.forward = by_thread  # the instance's own hides the class's
     try:
         yield
     finally:
@@ -152,13 +165,17 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 @dataclass
 class _Plan:
-    """What goes through one table: weight, state, targets [N] and teacher of each depth; and how."""
+    """What goes through one table: weight, state, targets [N] and teacher of each depth; and how.
+
+    transform: from what the table gives to logits.
+    """
 
     weights: list[float]
     reads: list[int]
     targets: list[Tensor]
     teachers: list[Distribution | None]
     objective: ObjectiveConfig
+    transform: LogitTransform
     chunk: int
 
     def parts(self, place: int) -> Iterator[Tensor]:
@@ -285,12 +302,14 @@ class _InForward(torch.autograd.Function):
             logits = torch.mm(chosen, weight.T, out=narrow[: len(rows)])
             if bias is not None:
                 logits += bias.to(dtype)
-            judged = plan.judge(k, rows, broad[: len(rows)].copy_(logits))
+            judged = plan.judge(k, rows, plan.transform(broad[: len(rows)].copy_(logits)))
             sums[k] += judged.loss
             overlaps[k] += judged.overlap
             hits[k, rows] = judged.hits
             if grad is None and table_grad is None and bias_grad is None:
                 return
+            if not plan.transform.is_identity:
+                judged.gradient.mul_(plan.transform.derivative(at_least_float32(logits)))
             slope, scale = logits.copy_(judged.gradient), plan.weights[k]  # [C, V'] is too large to be scaled
             if bias_grad is not None:
                 bias_grad.add_(slope.sum(dim=0, dtype=wide), alpha=scale)
@@ -328,8 +347,8 @@ def _through_module(
         for rows in plan.parts(k):
 
             def part(chosen: Tensor, k: int = k, rows: Tensor = rows) -> tuple[Tensor, ...]:
-                logits = project(chosen)
-                return _Judge.apply(plan, k, rows, logits if chosen_rows is None else logits[:, chosen_rows.long()])
+                logits = project(chosen) if chosen_rows is None else project(chosen)[:, chosen_rows.long()]
+                return _Judge.apply(plan, k, rows, plan.transform(logits))
 
             loss, overlap, hit = checkpoint(part, state[rows], use_reentrant=False)
             total = total + plan.weights[k] * loss

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig, PreTrainedModel, StopStringCriteria
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
-from nextn.config import MultiTokenConfig, ObjectiveConfig, ScheduleConfig
+from nextn.adapters import check_adapters, set_trained, unwrapped
+from nextn.config import ConfigError, MultiTokenConfig, ObjectiveConfig, ScheduleConfig
 from nextn.decoding.drafting import HeadDrafter
 from nextn.decoding.engine import Code, Engine
-from nextn.decoding.generate import custom_generate
+from nextn.decoding.generate import CACHE_NAME, CACHE_NAMES, custom_generate
+from nextn.decoding.generation_config import refuse, setting
 from nextn.decoding.pace import Pace
 from nextn.decoding.sampling import Method
 from nextn.decoding.tree import Tree
@@ -24,8 +30,11 @@ from nextn.heads import build_heads
 from nextn.heads.base import Text
 from nextn.losses import IGNORE, Depth, depth_losses, targets_at
 from nextn.output import Output, SharedOutput
+from nextn.support import check_heads, check_host
 from nextn.teachers import Teacher, TopTokens, TrunkStates
-from nextn.trunk import Trunk, check_logits
+from nextn.trunk import RaggedCache, Trunk, fingerprint
+
+logger = logging.get_logger("nextn")
 
 
 @dataclass
@@ -60,25 +69,39 @@ class MultiTokenModel(PreTrainedModel):
     the heads as drafter and gives the text that the base model alone would give.
     """
 
+    config_class = PreTrainedConfig  # a model has the config of its base, of whatever class that is
     _supports_sdpa = True
     _supports_attention_backend = True
     supports_gradient_checkpointing = True
 
     def __init__(self, base: PreTrainedModel, config: MultiTokenConfig) -> None:
-        super().__init__(base.config)
+        base = unwrapped(base)
         trunk = Trunk(base)
+        check_adapters(base)
+        super().__init__(base.config)
         self.base = base
         self.loss_type = "ForCausalLM"  # tells Trainer that labels are shifted, so that it counts t+1 targets
         self.trunk = trunk
+        check_host(trunk)
         self.multi_token = config
-        self.heads = build_heads(config, trunk)
+        self.heads = check_heads(type(base).__name__, config.kind, lambda: build_heads(config, trunk))
         self.weights = config.weights.by_depth(config.n)  # a schedule may change them while training
         self.schedule = ScheduleConfig()  # a trainer sets it
-        self.generation_config = base.generation_config
-        self.base.requires_grad_(not config.freeze_trunk)
+        self.held_out_tau: float | None = None  # as it was last estimated in training
+        set_trained(base, not config.freeze_trunk)
         self.train(base.training)
         self._code: dict[Any, tuple[Any, Code | None]] = {}  # by what was asked for, see `compiled`
         self._paces: dict[Any, dict[int, Pace]] = {}  # what steps take and what drafts bring, see `engine`
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The base's."""
+        return self.base.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        if "base" in self._modules:  # the constructor of PreTrainedModel sets one before there is a base
+            self.base.generation_config = config
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -91,22 +114,56 @@ class MultiTokenModel(PreTrainedModel):
         return self.base.get_output_embeddings()
 
     def train(self, mode: bool = True) -> MultiTokenModel:
+        """Set training or evaluation mode. A frozen trunk stays in evaluation mode.
+
+        Heads become float32 when training begins, whatever the trunk's dtype is, and stay so: in half precision their
+        small updates would be rounded away.
+        """
         super().train(mode)
         if self.multi_token.freeze_trunk:
             self.base.eval()
+        if mode:
+            self._heads_to_float32()
+            self._share_checkpointing()
+            if any(parameter.requires_grad and parameter.itemsize < 4 for parameter in self.base.parameters()):
+                logger.warning_once(
+                    f"The trunk is trained in {self.trunk.dtype}, which rounds small updates away; load the base in "
+                    "float32 and train it with bf16=True."
+                )
         return self
+
+    def _heads_to_float32(self) -> None:
+        if any(parameter.is_floating_point() and parameter.itemsize < 4 for parameter in self.heads.parameters()):
+            self.heads.float()
 
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
     ) -> None:
-        def forget(function: Callable[..., Any], *args: Any, **given: Any) -> Any:
-            return gradient_checkpointing_func(self.trunk.attending(function), *args, **given)
+        _refuse_reentrant(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        self._share_checkpointing()
 
-        super()._set_gradient_checkpointing(enable, forget, **kwargs)
+    def _share_checkpointing(self) -> None:
+        """Checkpoint the heads where the base is checkpointed, however that was switched on, and adapt how.
+
+        What is recomputed in the backward pass must run with the attention of the forward pass. Heads recompute whole
+        steps: a layer by itself, such as a copy of a checkpointed layer of the base, would drop the keys of its chain.
+
+        Raises:
+            ConfigError: for checkpointing with use_reentrant=True.
+        """
         module: Any
-        for module in self.heads.modules():  # heads forget whole steps; a layer by itself would drop its chain's keys
-            if module is not self.heads and hasattr(module, "gradient_checkpointing"):
+        for module in self.heads.modules():
+            if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
+        for module in self.base.modules():
+            if not getattr(module, "gradient_checkpointing", False):
+                continue
+            if not isinstance(module._gradient_checkpointing_func, _Checkpoint):
+                _refuse_reentrant(module._gradient_checkpointing_func)
+                module._gradient_checkpointing_func = _Checkpoint(module._gradient_checkpointing_func, self.trunk)
+            self.heads.gradient_checkpointing = True
+            self.heads._gradient_checkpointing_func = module._gradient_checkpointing_func
 
     def compile_layers(self) -> None:
         """Let torch.compile make machine code of each layer of trunk and heads when it is first called.
@@ -151,6 +208,7 @@ class MultiTokenModel(PreTrainedModel):
         """
         if (top_tokens is None) != (top_log_probs is None) or (trunk_states is None and top_tokens is not None):
             raise ValueError("top_tokens, top_log_probs and trunk_states go together: give what trunk_outputs gave.")
+        self.heads.follow_vocabulary(self.trunk)
         text = as_text(input_ids, attention_mask, position_ids)
         if trunk_states is not None and self.heads.reads:
             raise ValueError("These heads read the trunk's keys and values: leave trunk_states out.")
@@ -301,7 +359,7 @@ class MultiTokenModel(PreTrainedModel):
         stops = end_tokens(self.base) if stop_tokens is None else stop_tokens
         engine = Engine(self.trunk, drafter, rows, stops, **settings)
         if engine.depth == "auto":
-            engine.paces = self._paces.setdefault((engine.tree, None), engine.paces)
+            engine.paces = self._paces.setdefault((engine.tree, None, self.trunk.adapters()), engine.paces)
         return engine
 
     def generate(  # type: ignore[override]
@@ -333,13 +391,13 @@ class MultiTokenModel(PreTrainedModel):
                 heads and without, whatever the batch, up to near ties.
             sampling_method: `coupled` or `rejection`, see `Sampling`.
             compile: run the step as machine code. It is compiled once a machine for each batch size, which takes
-                minutes, and loaded in seconds after that. When weights have changed it is compiled anew; a change
-                through `parameter.data`, or of anything but tensors (an adapter switched off), goes unnoticed.
+                minutes, and loaded in seconds after that. When weights or active adapters have changed it is compiled
+                anew.
 
         Returns:
             input_ids and the new tokens [B, T + new], shorter rows filled with the padding token; or what
-            `return_dict_in_generate` asks for. Its `past_key_values`, given to the next turn together with the whole
-            text, spare reading again what was read.
+            `return_dict_in_generate` asks for. Its `cache` (`past_key_values` before transformers 5.24), given to the
+            next turn together with the whole text, spares reading again what was read; either name is accepted.
 
         Raises:
             GenerateError, PromptError, SamplingError: for what cannot be; the message says why.
@@ -348,9 +406,19 @@ class MultiTokenModel(PreTrainedModel):
             raise ValueError(f"heads is {heads}; give 1 for the plain model, or None for all heads.")
         if "inputs" in kwargs:
             input_ids = kwargs.pop("inputs")
-        if kwargs.get("stop_strings") and kwargs.get("tokenizer"):  # transformers keeps the tokenizer to itself
-            strings = StopStringCriteria(kwargs.pop("tokenizer"), kwargs.pop("stop_strings"))
-            kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or []), strings]
+        for name in CACHE_NAMES:
+            if name in kwargs:
+                kwargs[CACHE_NAME] = kwargs.pop(name)
+        early = {
+            name: setting(name, kwargs, generation_config, self.base.generation_config)
+            for name in ("stop_strings", "token_healing", "cache_implementation")
+        }
+        refuse(GenerationConfig(**early))  # transformers acts on these before it calls a custom function
+        tokenizer, strings = kwargs.pop("tokenizer", None), early["stop_strings"]
+        if strings and tokenizer is not None:  # which transformers would keep from a custom function
+            criterion = StopStringCriteria(tokenizer, strings)
+            kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or []), criterion]
+            kwargs["stop_strings"] = None
         ours = {
             "heads": self, "plain": heads == 1, "seed": seed, "sampling_method": sampling_method, "depth": depth,
             "tree": tree, "compile": compile, "token_streamer": streamer,
@@ -361,30 +429,171 @@ class MultiTokenModel(PreTrainedModel):
 
     def compiled(self, engine: Engine, heads: int | None, sampling: bool) -> Engine:
         """The engine with the machine code that these weights were compiled to, compiled now if need be."""
-        weights = self.fingerprint()
-        asked = engine.rows, heads, engine.depth, sampling
+        weights = engine.fingerprint()
+        # CUDA graphs write their outputs to fixed addresses: each thread has its own.
+        thread = threading.get_ident() if self.trunk.device.type == "cuda" else 0
+        asked = engine.rows, heads, engine.depth, sampling, thread
         found = self._code.get(asked)
         if found is None or found[0] != weights:
             found = self._code[asked] = weights, engine.compile(sampling=sampling).code
         if found[1] is None:
             return engine
-        engine.use(found[1])
+        engine.use(found[1], weights)
         if engine.depth == "auto":
-            engine.paces = self._paces.setdefault((engine.tree, found[1].depths), engine.paces)
+            adapters = self.trunk.adapters()
+            engine.paces = self._paces.setdefault((engine.tree, found[1].depths, adapters), engine.paces)
         return engine
 
-    def fingerprint(self) -> list[tuple[int, int]]:
-        """Changes with the weights, but for changes through `parameter.data`."""
-        tensors = (*self.parameters(), *self.buffers())
-        return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+    def fingerprint(self) -> str:
+        """A digest of the weights of trunk and heads and of the active adapters, see `nextn.trunk.fingerprint`."""
+        return f"{self.trunk.fingerprint()} {fingerprint(self.heads)}"
 
     # --- saving -----------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: Any, *, tokenizer: Any = None, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the plain model, which any tool opens, and `nextn/` with the heads beside it."""
-        from nextn.formats.native import save
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        *,
+        tokenizer: Any = None,
+        heads_only: bool = False,
+        merge_adapters: bool = False,
+        base_name: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Write the plain model, which any tool opens, and `nextn/` with the heads and adapters beside it.
 
-        save(self, save_directory, tokenizer)
+        A model card is written where there is none.
+
+        Args:
+            is_main_process: whether this process writes.
+            state_dict: the tensors of trunk and heads by name, where they had to be gathered; default: its own.
+            push_to_hub: also upload what was written.
+            max_shard_size: of the files of the plain model; the heads are one file.
+            tokenizer: saved with the plain model; heads that know it refuse another one.
+            heads_only: write `nextn/` alone, which names its base.
+            merge_adapters: add the adapters of the trunk to the weights of the plain model, rather than write them by
+                themselves.
+            base_name: how the base is to be found again (hub name or path); default: where it was loaded from.
+            kwargs: `save_original_format` of transformers, and what `push_to_hub` takes: `repo_id` (default: the name
+                of the directory), `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`
+                and `tags`.
+
+        Returns:
+            with push_to_hub, the CommitInfo of huggingface_hub.
+
+        Raises:
+            ConfigError: for arguments that are not supported or do not go together.
+        """
+        from nextn.formats import native, publish
+
+        settings, pushing = _split_arguments(kwargs, push_to_hub, publish.PUSHING)
+        directory = Path(save_directory)
+        if heads_only and merge_adapters:
+            raise ConfigError("merge_adapters changes the plain model, which heads_only leaves out: give one of them.")
+        if push_to_hub and is_main_process:
+            where = {name: pushing[name] for name in ("private", "token", "revision") if name in pushing}
+            pushing["repo_id"] = publish.make_repository(pushing.get("repo_id", directory.resolve().name), **where)
+            pushing.pop("private", None)
+            base_name = native.public_name(self, base_name, None if heads_only else pushing["repo_id"])
+        before = native.written(directory)
+        if not heads_only:
+            settings |= {"max_shard_size": max_shard_size, "merge_adapters": merge_adapters}
+            settings |= {"is_main_process": is_main_process, "base_name": base_name, "tensors": state_dict}
+            native.save(self, directory, tokenizer, **settings)
+        elif is_main_process:
+            heads, base = (native.part_of(state_dict, part) for part in ("heads", "base"))
+            native.save_heads(self, directory, base_name, tokenizer=tokenizer, tensors=heads, base_tensors=base)
+        if not (push_to_hub and is_main_process):
+            return None
+        files = [name for name, time in native.written(directory).items() if before.get(name) != time]
+        return publish.push(directory, files, native.describe(directory), **pushing)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Upload the model to a repository of the hub, which is made where there is none.
+
+        Args:
+            repo_id: owner/name.
+            kwargs: arguments of `save_pretrained`.
+
+        Returns:
+            the CommitInfo of huggingface_hub.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            return self.save_pretrained(directory, push_to_hub=True, repo_id=repo_id, **kwargs)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> MultiTokenModel:
+        """Open a saved model, or heads on their base: a directory, or a repository of the hub; `nextn.load`.
+
+        Args:
+            kwargs: of `nextn.load`; the rest goes to AutoModelForCausalLM.from_pretrained.
+        """
+        from nextn.formats.native import load
+
+        if "torch_dtype" in kwargs:  # its name in transformers 4
+            kwargs["dtype"] = kwargs.pop("torch_dtype")
+        if kwargs.pop("output_loading_info", False) or kwargs.get("subfolder"):
+            raise ConfigError("from_pretrained does not support output_loading_info and subfolder: leave them out.")
+        if isinstance(kwargs.get("config"), PreTrainedConfig):
+            raise ConfigError("from_pretrained: config is the MultiTokenConfig of the heads here; leave it out.")
+        return load(os.fspath(pretrained_model_name_or_path), **kwargs)
+
+
+_UNSUPPORTED = {  # arguments of transformers' save_pretrained: the one value that is accepted, and why
+    "variant": (None, "there is one set of files"),
+    "distributed_checkpoint": (False, "what is sharded is gathered"),
+    "save_peft_format": (True, "adapters are written as peft writes them"),
+    "safe_serialization": (True, "only safetensors are written"),
+}
+
+
+def _split_arguments(
+    given: dict[str, Any], push_to_hub: bool, of_pushing: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What saving the base takes, and what pushing takes.
+
+    Raises:
+        ConfigError: for what nothing takes.
+    """
+    for name in given:
+        accepted, why = _UNSUPPORTED.get(name, (given[name], ""))
+        if given[name] != accepted:
+            raise ConfigError(f"save_pretrained does not support {name}={given[name]!r}: {why}; leave it out.")
+        if name not in (*_UNSUPPORTED, *of_pushing, "save_original_format"):
+            raise ConfigError(f"save_pretrained has no argument {name}: leave it out.")
+        if name in of_pushing and not push_to_hub:
+            raise ConfigError(f"save_pretrained: {name} goes with push_to_hub=True; leave it out, or give that.")
+    pushing = {name: value for name, value in given.items() if name in of_pushing}
+    return {name: value for name, value in given.items() if name == "save_original_format"}, pushing
+
+
+class _Checkpoint:
+    """A checkpointing function whose recomputation runs with the attention of the forward pass."""
+
+    def __init__(self, function: Callable[..., Any], trunk: Trunk) -> None:
+        self.function, self.trunk = function, trunk
+
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.trunk.attending(forward), *args, **kwargs)
+
+
+def _refuse_reentrant(checkpointing: Callable[..., Any]) -> None:
+    """Raise for a checkpointing function that loses gradients.
+
+    Reentrant checkpointing sees tensors only where they are direct arguments: not the keys of a chain of drafts, and
+    not the weights of heads whose inputs come from a frozen trunk.
+    """
+    if getattr(checkpointing, "keywords", {}).get("use_reentrant"):
+        raise ConfigError(
+            "Gradient checkpointing with use_reentrant=True loses gradients of the heads; set use_reentrant to False, "
+            "or leave it out of gradient_checkpointing_kwargs."
+        )
 
 
 def _leading(hits: dict[int, Tensor], targets: Tensor, n: int) -> Tensor:
@@ -422,8 +631,13 @@ def attach(
 ) -> MultiTokenModel:
     """Give a causal language model heads, initialised from its own last layer and norms.
 
+    Heads are float32 whatever the dtype of the base, since that is how they are trained; `nextn.load` opens them in the
+    dtype of the base, for decoding.
+
     Args:
-        base: any supported transformers model; it is used as it is, not copied.
+        base: any supported transformers model; it is used as it is, not copied. It may have adapters (LoRA and its kin;
+            a `PeftModel` too): heads start from the merged weights, and with `freeze_trunk: false` the active adapters
+            are trained, not the base.
         calibration: text like that to be decoded, as `forward` takes it: input_ids [B, T] and, where rows are padded
             or packed, attention_mask and position_ids. Sequential heads fit their input projection to it in closed
             form, which makes the first loss a sane one; 50,000 tokens are enough.
@@ -432,11 +646,36 @@ def attach(
         HostError, ConfigError: where the host or the config cannot work; the message says why.
     """
     model = MultiTokenModel(base, config)
-    check_logits(model.trunk)
+    try_heads(model)
     if model.trunk.device.type != "meta":
         model.heads.output.fit(model.heads.start_table(model.trunk))
     if calibration is not None:
         batch = {name: tensor.to(model.trunk.device) for name, tensor in calibration.items()}
         text = as_text(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
         model.heads.calibrate(model.trunk, text)
+    model._heads_to_float32()
     return model
+
+
+def try_heads(model: MultiTokenModel) -> None:
+    """Refuse, before anything else is done, heads that cannot run on their trunk.
+
+    Raises:
+        HostError: with the reason.
+    """
+    if model.trunk.device.type != "meta":
+        check_heads(type(model.base).__name__, model.multi_token.kind, lambda: _run_heads(model))
+
+
+def _run_heads(model: MultiTokenModel) -> None:
+    """A short training forward of the heads, and a round of drafts."""
+    trunk, heads = model.trunk, model.heads
+    ids = torch.arange(8, device=trunk.device)[None] % trunk.vocab_size
+    text = as_text(ids, None, None)
+    _, tapped = model.run_trunk(text)
+    heads(trunk, tapped, text)
+    drafter, cache = HeadDrafter(trunk, heads), RaggedCache(trunk.cache_layers, 1, ids.shape[1])
+    _, tapped = trunk.run(ids, text.positions, cache.place(text.positions), cache, heads.tap)
+    drafter.begin(cache)
+    first = torch.zeros(1, dtype=torch.long, device=trunk.device)
+    drafter.propose(tapped, text.positions, ids.roll(-1, dims=1), first + ids.shape[1] - 1, first)

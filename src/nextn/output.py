@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 
 from nextn.clustering import balanced_clusters
 from nextn.config import ConfigError, OutputConfig
-from nextn.trunk import Trunk
+from nextn.logits import IDENTITY, LogitTransform
+from nextn.trunk import Trunk, evenly_spaced
 
 
 class Output(nn.Module, ABC):
@@ -31,6 +33,24 @@ class Output(nn.Module, ABC):
     def rows(self) -> Tensor | None:
         """Which rows of the table it uses [V']; None: all."""
         return None
+
+    def transform(self, trunk: Trunk) -> LogitTransform:
+        """From what the table gives to logits: the trunk's own scale or soft cap."""
+        return trunk.transform
+
+    def resize(self, vocab_size: int) -> None:
+        """Follow a trunk whose embeddings were resized.
+
+        Raises:
+            ConfigError: where the output has a table for the vocabulary that the trunk had before.
+        """
+        raise ConfigError(
+            f"The base's vocabulary was resized to {vocab_size} tokens after heads with an output of their own were "
+            "attached; attach heads after resizing, or give them a shared or trimmed output."
+        )
+
+    def refresh(self, trunk: Trunk) -> None:
+        """Drop what is kept of the trunk's table, where that was edited without a new version."""
 
     @abstractmethod
     def scores(self, trunk: Trunk, states: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -103,6 +123,9 @@ class SharedOutput(WholeOutput):
     def scores(self, trunk: Trunk, states: Tensor) -> tuple[Tensor, Tensor | None]:
         return trunk.logits(states), None
 
+    def resize(self, vocab_size: int) -> None:
+        """Nothing to do: the trunk's unembedding is looked up at each use."""
+
     def operations(self, trunk: Trunk) -> int:
         return trunk.unembedding.weight.numel()
 
@@ -115,7 +138,7 @@ class OwnOutput(WholeOutput):
         self.table = _table(trunk, width, trunk.vocab_size)
 
     def scores(self, trunk: Trunk, states: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.table(states.to(self.table.weight.dtype)), None
+        return trunk.transform(self.table(states.to(self.table.weight.dtype))), None
 
     def projection(self, trunk: Trunk) -> nn.Module:
         return self.table
@@ -151,6 +174,14 @@ class EachOutput(WholeOutput):
         for part in self.parts():
             part.fit(table)
 
+    def resize(self, vocab_size: int) -> None:
+        for part in self.parts():
+            part.resize(vocab_size)
+
+    def refresh(self, trunk: Trunk) -> None:
+        for part in self.parts():
+            part.refresh(trunk)
+
     def size(self, trunk: Trunk) -> int:
         return self.at(2).size(trunk)
 
@@ -167,7 +198,7 @@ class LowRankOutput(WholeOutput):
         self.up = _table(trunk, rank, trunk.vocab_size)
 
     def scores(self, trunk: Trunk, states: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.up(self.prepare(trunk, states)), None
+        return trunk.transform(self.up(self.prepare(trunk, states))), None
 
     def prepare(self, trunk: Trunk, states: Tensor) -> Tensor:
         return self.down(states.to(self.down.weight.dtype))
@@ -187,6 +218,15 @@ class LowRankOutput(WholeOutput):
         return self.down.weight.numel() + self.up.weight.numel()
 
 
+@dataclass(frozen=True)
+class _Gathered:
+    """The rows of a table that a trimmed output names, gathered once for a version of the table."""
+
+    version: tuple[int, int, int] = (0, 0, 0)
+    rows: Tensor | None = None
+    samples: Tensor | None = None  # of the table: an edit through `.data` leaves its version as it is
+
+
 class TrimmedOutput(Output):
     """A subset of the vocabulary (FR-Spec, arXiv:2502.14856), its rows tied to the trunk's unembedding or its own.
 
@@ -201,7 +241,7 @@ class TrimmedOutput(Output):
         self.register_buffer("kept", torch.arange(size, dtype=torch.int32, device=trunk.device))
         self.table = _table(trunk, width, size) if own else None
         self.vocab_size = trunk.vocab_size
-        self._rows: tuple[tuple[int, int, int], Tensor] | None = None
+        self._gathered = _Gathered()
 
     @property
     def rows(self) -> Tensor | None:
@@ -212,7 +252,7 @@ class TrimmedOutput(Output):
         if token_ids.shape != self.kept.shape or len(token_ids.unique()) != len(token_ids):
             raise ValueError(f"a trimmed output of size {len(self.kept)} needs that many distinct token ids.")
         self.kept.copy_(token_ids.sort().values)
-        self._rows = None
+        self._gathered = _Gathered()
         self.fit(table)
 
     @torch.no_grad()
@@ -226,18 +266,35 @@ class TrimmedOutput(Output):
     def scores(self, trunk: Trunk, states: Tensor) -> tuple[Tensor, Tensor | None]:
         ids = self.kept.long()
         if self.table is not None:
-            return self.table(states.to(self.table.weight.dtype)), ids
+            return trunk.transform(self.table(states.to(self.table.weight.dtype))), ids
         rows, bias = self._kept_rows(trunk.unembedding.weight), trunk.unembedding.bias
-        return F.linear(states.to(rows.dtype), rows, None if bias is None else bias[ids]), ids
+        return trunk.transform(F.linear(states.to(rows.dtype), rows, None if bias is None else bias[ids])), ids
 
     def _kept_rows(self, weight: Tensor) -> Tensor:
         if weight.requires_grad or torch.compiler.is_exporting():
             return weight[self.kept.long()]
         version = (weight.data_ptr(), weight._version, self.kept._version)  # a frozen table is gathered once
-        if self._rows is None or self._rows[0] != version:
+        gathered = self._gathered
+        if gathered.rows is None or gathered.version != version:
             with torch.inference_mode(False), torch.no_grad():  # gathered while decoding, it must still serve training
-                self._rows = version, weight[self.kept.long()]
-        return self._rows[1]
+                self._gathered = gathered = _Gathered(
+                    version, weight[self.kept.long()], evenly_spaced(weight, 64).clone()
+                )
+        assert gathered.rows is not None
+        return gathered.rows
+
+    def refresh(self, trunk: Trunk) -> None:
+        weight, samples = trunk.unembedding.weight, self._gathered.samples
+        if samples is not None and not samples.equal(evenly_spaced(weight.detach(), 64)):
+            self._gathered = _Gathered()
+
+    def resize(self, vocab_size: int) -> None:
+        if int(self.kept.max()) >= vocab_size:
+            raise ConfigError(
+                f"The base's vocabulary was resized to {vocab_size} tokens, but the trimmed output of the heads names "
+                f"token {int(self.kept.max())}; attach heads after resizing."
+            )
+        self.vocab_size = vocab_size
 
     def size(self, trunk: Trunk) -> int:
         return len(self.kept)
@@ -283,7 +340,7 @@ class ClusteredOutput(WholeOutput):
             logits = (blocks.float() * states.float()[..., None, None, :]).sum(dim=-1).flatten(-2).to(states.dtype)
         else:
             logits = (F.embedding(ids, table.weight) @ states[..., None])[..., 0]
-        return logits if table.bias is None else logits + table.bias[ids], ids
+        return trunk.transform(logits if table.bias is None else logits + table.bias[ids]), ids
 
     def _chosen(self, states: Tensor) -> Tensor:
         """The clusters that a state scores [..., top]."""
@@ -329,6 +386,9 @@ class _ClusterRanking(WholeOutput):
 
     def scores(self, trunk: Trunk, states: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.centroids(self.prepare(trunk, states)), None
+
+    def transform(self, trunk: Trunk) -> LogitTransform:
+        return IDENTITY
 
     def prepare(self, trunk: Trunk, states: Tensor) -> Tensor:
         return states.detach()

@@ -10,28 +10,31 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import transformers
 import yaml
+from accelerate.utils import broadcast_object_list
 from pydantic import Field, model_validator
 from rich.table import Table
 from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nextn.adapters import adapter_names, add_adapters
+from nextn.adapters import adapter_layers, add_adapters, merge_adapters
 from nextn.config import ConfigError, MultiTokenConfig, ScheduleConfig, Strict, field_value
-from nextn.data import PackedBlocks, StreamedBlocks, byte_tokenizer, examples_of
+from nextn.data import PackedBlocks, StreamedBlocks, byte_tokenizer, check_ids, examples_of
 from nextn.decoding.compiled import CompileError, require_compiler
+from nextn.files import replacing, sha256
 from nextn.formats import FormatError, native
-from nextn.formats.bundled import sha256
 from nextn.kept import KeptOutputs
+from nextn.lock import FileLock
 from nextn.model import MultiTokenModel, attach
 from nextn.output import TrimmedOutput
 from nextn.scratch import from_scratch
-from nextn.training import Trainer, last_checkpoint
+from nextn.training import Trainer, is_finished, last_checkpoint, write_finished
 from nextn.trunk import context_length
 from nextn.vocabulary import coverage, most_frequent
 
@@ -52,7 +55,8 @@ class Recipe(Strict):
         the place of one of them (Gloeckle et al.), so that both are equal in size.
     tokenizer: with `scratch`, a directory or hub name, or `bytes`.
     heads: what is predicted, by which heads; see `MultiTokenConfig`.
-    vocabulary: for a trimmed output: so many tokens, the most frequent of the data.
+    vocabulary: short for a trimmed output of so many tokens. A trimmed output keeps the most frequent tokens of the
+        data.
     data: files (.jsonl, .parquet, plain text) or datasets of the hub; see `nextn.data`.
     split: of datasets on the hub.
     stream: pack the text as it comes, for more than memory holds; needs `training.max_steps`.
@@ -206,38 +210,61 @@ def _set(stated: dict[str, Any], change: str) -> None:
     stated[name] = read
 
 
-def train(recipe: Recipe, out: str | Path, say: Say = print) -> MultiTokenModel:
-    """Run a recipe; goes on from the last checkpoint in `out`.
+def train(recipe: Recipe, out: str | Path, say: Say = print, trust_remote_code: bool = False) -> MultiTokenModel:
+    """Run a recipe. Resumes from the last whole checkpoint in `out`; a finished training is not changed.
 
     A frozen trunk runs in bfloat16; all that is trained is float32 and computes in bfloat16. Heads of a frozen trunk
     are stored by themselves, in bfloat16 (under FSDP in float32); else the whole model is, in float32.
 
+    Args:
+        trust_remote_code: run the code that the base's repository brings. It is no field of the recipe, so that a
+            recipe from elsewhere cannot ask for it.
+
     Returns:
         the trained model, in eval mode.
+
+    Raises:
+        LockedError: where another process writes to `out`.
     """
-    out = Path(out)
-    stated = _claimable(recipe, out)
+    out = native.writable(out)
     arguments = recipe.arguments(out)
+    with nullcontext() if arguments.process_index else FileLock(out):  # one lock for all processes of a training
+        return _train(recipe, out, arguments, say, trust_remote_code)
+
+
+def _train(
+    recipe: Recipe, out: Path, arguments: transformers.TrainingArguments, say: Say, trust_remote_code: bool
+) -> MultiTokenModel:
+    stated = _claimable(recipe, out)
     if arguments.process_index:  # one process speaks for all
         say = _nothing
+    if is_finished(out):
+        say(f"{out} holds this training, finished: nothing is changed")
+        dtype = torch.bfloat16 if native.config_of(out).freeze_trunk else torch.float32
+        return native.load(out, dtype=dtype, trust_remote_code=trust_remote_code)
     trained_on = None if recipe.scratch is not None else _trained_on(recipe)
-    tokenizer = _tokenizer(recipe, trained_on)
+    tokenizer = _tokenizer(recipe, trained_on, trust_remote_code)
     blocks = _blocks(recipe, tokenizer)
     training, validation = _split(blocks, recipe)
     packed = training if isinstance(training, PackedBlocks) else None
     if packed:
         say(f"{packed.trained_tokens:,} trained tokens in {len(packed):,} blocks of {recipe.length}")
     transformers.set_seed(recipe.seed)
-    checkpoint = last_checkpoint(out)
-    model = _model(recipe, trained_on, tokenizer, None if checkpoint else packed, arguments.device)
-    if recipe.vocabulary is not None and not trained_on:
+    was_begun = any(out.glob("checkpoint-*"))
+    (checkpoint,) = broadcast_object_list([None if arguments.process_index else last_checkpoint(out, say)])
+    calibration = None if checkpoint else packed
+    model = _model(recipe, trained_on, tokenizer, blocks, calibration, arguments.device, trust_remote_code)
+    if model.multi_token.output.kind == "trimmed" and not trained_on:
         _choose_vocabulary(model, packed, tokenizer, say)
     if recipe.compile:
         _compile(model, arguments)
     if checkpoint:
         say(f"going on from {checkpoint}")
+    elif was_begun:
+        say(f"no checkpoint in {out} is whole: training starts from the beginning")
     if not arguments.process_index:
-        (out / "recipe.json").write_text(stated)
+        with replacing(out / "recipe.json") as part:
+            part.write_text(stated)
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -253,8 +280,12 @@ def train(recipe: Recipe, out: str | Path, say: Say = print) -> MultiTokenModel:
     if validation is not None:
         trainer.evaluate()
     base_name = native.base_name(recipe.base) if trained_on and recipe.base else recipe.base
+    if recipe.lora is not None:
+        merge_adapters(model.base)
     trainer.save_result(out, base_name=base_name)
     KeptOutputs.forget(out)
+    if arguments.should_save:
+        write_finished(out)
     say(summary(trainer.state.log_history, model.multi_token.n))
     say(f"{'heads' if model.multi_token.freeze_trunk else 'model'} saved in {out}")
     return model.eval()
@@ -291,7 +322,7 @@ def _claimable(recipe: Recipe, out: Path) -> str:
     """The recipe as JSON, the data by name and sha256; a directory in which another one was trained is refused.
 
     Raises:
-        FormatError: where going on from what is there would mix two trainings.
+        FormatError: where going on from what is there would mix two trainings, or overwrite what is of no training.
     """
     path = native.writable(out) / "recipe.json"
     data = {source: sha256(Path(source)) if Path(source).is_file() else None for source in recipe.data}
@@ -300,7 +331,28 @@ def _claimable(recipe: Recipe, out: Path) -> str:
         raise FormatError(
             f"{out} holds a training with other options or other data ({path}); choose another directory."
         )
+    if not path.exists():
+        _refuse_others(out, recipe.heads is None or not recipe.heads.freeze_trunk)
     return stated
+
+
+def _refuse_others(out: Path, whole_model: bool) -> None:
+    """Refuse a directory of another program, or of another save, whose files a training would overwrite or remove.
+
+    Args:
+        whole_model: whether the training writes a model, and not its heads alone.
+
+    Raises:
+        FormatError: with the name of one of the files.
+    """
+    names = [native.EXTRA, *(["config.json", "*.safetensors"] if whole_model else [])]
+    others = [file.name for name in names for file in out.glob(name)]
+    others += [file.name for file in out.glob("checkpoint-*") if not native.has_heads(file)]
+    if others:
+        raise FormatError(
+            f"{out} holds {min(others)}, which is of no training with this recipe and would be overwritten or removed; "
+            "choose another directory."
+        )
 
 
 def _trained_on(recipe: Recipe) -> MultiTokenConfig | None:
@@ -328,19 +380,19 @@ def _trained_on(recipe: Recipe) -> MultiTokenConfig | None:
     return MultiTokenConfig(**stored.model_dump() | changes)
 
 
-def _tokenizer(recipe: Recipe, config: MultiTokenConfig | None) -> PreTrainedTokenizerBase:
+def _tokenizer(recipe: Recipe, trained_on: MultiTokenConfig | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     if recipe.tokenizer == BYTES:
         return byte_tokenizer()
     name = recipe.base or recipe.tokenizer
     assert name is not None
-    return native.load_tokenizer(native.base_of(name) if config else name)
+    return (native.tokenizer_of if trained_on else native.load_tokenizer)(name, trust_remote_code)
 
 
 def _blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PackedBlocks | StreamedBlocks:
     def examples() -> Any:
         return examples_of(recipe.data, tokenizer, recipe.length, recipe.split)
 
-    pad = tokenizer.pad_token_id or 0
+    pad = 0  # nothing reads padding, and a tokenizer's own padding token may be one that the model does not have
     return (
         StreamedBlocks(examples, recipe.length, pad) if recipe.stream else PackedBlocks(examples(), recipe.length, pad)
     )
@@ -350,38 +402,50 @@ def _model(
     recipe: Recipe,
     trained_on: MultiTokenConfig | None,
     tokenizer: PreTrainedTokenizerBase,
+    blocks: PackedBlocks | StreamedBlocks,
     calibration: PackedBlocks | None,
     device: torch.device,
+    trust_remote_code: bool,
 ) -> MultiTokenModel:
     """The model to train, on the device, where a fit of its start is fast.
 
     Args:
         trained_on: the config of heads that the base has.
+        blocks: the text, whose tokens and length the base must have.
         calibration: text for that fit.
     """
     if recipe.scratch is not None:
         model = from_scratch(recipe.scratch, recipe.config(), tokenizer)
+        _check_reads(model.base, blocks)
     else:
         config = trained_on or recipe.config()
         dtype = torch.bfloat16 if config.freeze_trunk else torch.float32
         assert recipe.base is not None
         if trained_on:
-            model = native.load(recipe.base, dtype=dtype, config=trained_on).train()
+            model = native.load(
+                recipe.base, None, dtype, config=trained_on, trust_remote_code=trust_remote_code
+            ).train()
+            _check_reads(model.base, blocks)
         else:
-            base: Any = native.load_base(recipe.base, dtype=dtype)
+            base: Any = native.load_base(recipe.base, dtype, trust_remote_code)
+            _check_reads(base, blocks)
             batch = calibration.batch(range(min(CALIBRATION_BLOCKS, len(calibration)))) if calibration else None
             model = attach(base.to(device), config, batch)
-    _check_length(recipe, model.base)
-    model.heads.float()
+    if not model.multi_token.freeze_trunk:  # saved with the ids of these tokens, the model could not be opened again
+        special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        check_ids([token for token in special if token is not None], model.trunk.vocab_size)
     if recipe.lora is not None:
         add_adapters(model.base, recipe.lora)
     return model
 
 
-def _check_length(recipe: Recipe, base: PreTrainedModel) -> None:
+def _check_reads(base: PreTrainedModel, blocks: PackedBlocks | StreamedBlocks) -> None:
+    """Refuse blocks that are longer than a model's context, or have tokens that it does not have."""
     context = context_length(base.get_decoder().config)
-    if recipe.length > context:
-        raise ConfigError(f"length is {recipe.length}, but the base reads {context} tokens.")
+    if blocks.length > context:
+        raise ConfigError(f"length is {blocks.length}, but the base reads {context} tokens.")
+    embedding: Any = base.get_input_embeddings()
+    blocks.check_tokens(len(embedding.weight))
 
 
 def _compile(model: MultiTokenModel, arguments: transformers.TrainingArguments) -> None:
@@ -390,7 +454,7 @@ def _compile(model: MultiTokenModel, arguments: transformers.TrainingArguments) 
     Raises:
         ConfigError: where that cannot work, or was never seen to.
     """
-    if arguments.fsdp or adapter_names(model.base):
+    if arguments.fsdp or adapter_layers(model.base):
         raise ConfigError("compile does not go with fsdp or lora yet; leave one of them out.")
     if arguments.device.type == "cpu":
         try:
@@ -404,7 +468,10 @@ def _choose_vocabulary(
     model: MultiTokenModel, blocks: PackedBlocks | None, tokenizer: PreTrainedTokenizerBase, say: Say
 ) -> None:
     if blocks is None:
-        raise ConfigError("vocabulary counts the tokens of the data, and stream does not hold them.")
+        raise ConfigError(
+            "A trimmed output keeps the most frequent tokens of the data, which stream does not hold; leave one "
+            "of them out."
+        )
     counts = torch.bincount(blocks.labels, minlength=model.trunk.vocab_size)
     special = [token for token in tokenizer.all_special_ids if token < model.trunk.vocab_size]
     kept = most_frequent(counts, model.heads.output.size(model.trunk), always=special)

@@ -33,7 +33,7 @@ def from_scratch(
     known = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     settings = known | {"pad_token_id": tokenizer.pad_token_id} | shape | {"num_hidden_layers": layers}
     try:
-        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), trust_remote_code=False)
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"scratch cannot be built: {str(error).splitlines()[0]}") from None
     model = attach(base, config)

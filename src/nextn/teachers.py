@@ -36,7 +36,7 @@ class Teacher(ABC):
         """The trunk's softmax(logits / temperature) at the tokens that an output can name; it sums to about 1 or less.
 
         Args:
-            unembed: from states [C, D] to the trunk's logits [C, V], callable where the loss is made.
+            unembed: the trunk's unembedding, from states [C, D] to [C, V], callable where the loss is made.
         """
 
 
@@ -58,7 +58,7 @@ class TrunkStates(Teacher):
         states = self.states.flatten(0, 1)
 
         def probabilities(positions: Tensor) -> Tensor:
-            whole = at_least_float32(unembed(states[positions].to(trunk.dtype)))
+            whole = at_least_float32(trunk.transform(unembed(states[positions].to(trunk.dtype))))
             if temperature != 1.0:
                 whole = whole / temperature
             named = whole if output.kept is None else whole[:, output.kept.long()]

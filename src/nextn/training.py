@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import logging
 
-from nextn.adapters import adapter_names, merge_adapters
+from nextn.adapters import adapter_layers
 from nextn.config import ConfigError, ScheduleConfig
+from nextn.files import sha256, write_json
 from nextn.formats import native
 from nextn.model import MultiTokenModel, MultiTokenOutput
 
-ADAPTERS = "adapters.safetensors"
+CHECKSUMS = "checksums.json"  # of the files of a checkpoint
+FINISHED = "finished.json"  # written when the result of a training is complete
+RESUMED = ("trainer_state.json", "nextn/heads.safetensors", "optimizer*", "scheduler.pt")  # what resuming reads
+RESULT = ("*.safetensors", "nextn/**/*")  # the files of a result
+logger = logging.get_logger("nextn")
 
 
 class Trainer(transformers.Trainer):
     """transformers.Trainer whose checkpoints hold the heads and whose resuming restores them.
 
-    A checkpoint holds `nextn/` with the heads and, where the trunk is trained, the whole model in our layout, or the
-    trunk's adapters. (The stock Trainer trains a MultiTokenModel as well, but resuming with it would silently leave the
-    heads as they are.) The log has loss and accuracy by depth, tokens a second and, where heads follow the trunk's
-    distribution, their overlap with it; an evaluation also has `tau`, the tokens per step that the heads would bring if
-    the held-out text were the model's own.
+    A checkpoint holds `nextn/` with the heads and the trunk's adapters, if it has any, and, where all of the trunk is
+    trained, the whole model in our layout. (The stock Trainer trains a MultiTokenModel as well, but resuming with it
+    would silently leave the heads as they are.) The log has loss and accuracy by depth, tokens a second and, where
+    heads follow the trunk's distribution, their overlap with it; an evaluation also has `tau`, the tokens per step that
+    the heads would bring if the held-out text were the model's own.
 
     Args:
         schedule: how weights change, and on what heads are trained; default: always the config's, on all.
@@ -38,11 +47,54 @@ class Trainer(transformers.Trainer):
 
     def __init__(self, *args: Any, schedule: ScheduleConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.activation_checkpointing:
+            raise ConfigError(
+                "fsdp_config.activation_checkpointing recomputes layers of the heads by themselves, without the keys "
+                "of their chain; use gradient_checkpointing instead."
+            )
+        self.model.train()  # heads become float32, before a checkpoint is read into them
         self.model.schedule = schedule or ScheduleConfig()
+        self.model.held_out_tau = None  # of what it was before
         self._depths: list[Tensor] = []  # loss, accuracy and overlap by depth of each batch since the last log [3, n]
         self._tokens, self._since = 0, time.monotonic()
         self._accepted: list[int] = []
         self.add_callback(_Scheduled(self.model))
+        self.add_callback(_AtTheEnd())
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let DistributedDataParallel expect parameters without a gradient.
+
+        A depth of weight 0 (a curriculum, `schedule.start`, a list of weights) gives its parameters none. With gradient
+        checkpointing transformers would not look for them; non-reentrant checkpointing allows that.
+        """
+        if self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = True
+        super().create_accelerator_and_postprocess()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, from a checkpoint where one is given; one of the last step is loaded, and no step is trained.
+
+        Args:
+            resume_from_checkpoint: a checkpoint, or True for the newest whole one of the output directory.
+
+        Raises:
+            ConfigError: for a damaged checkpoint, or True where there is none that is whole.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ConfigError(
+                    f"{self.args.output_dir} holds no whole checkpoint; leave resume_from_checkpoint out."
+                )
+        elif resume_from_checkpoint:
+            _refuse_damaged(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        if self.control.should_training_stop:  # the checkpoint is of the last step, see `_AtTheEnd`
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
@@ -78,7 +130,7 @@ class Trainer(transformers.Trainer):
         counts = torch.tensor([len(self._accepted), sum(self._accepted)], device=self.args.device)
         steps, drafts = self.accelerator.reduce(counts, "sum").tolist()
         if steps:
-            output.metrics[f"{metric_key_prefix}_tau"] = 1 + drafts / steps
+            output.metrics[f"{metric_key_prefix}_tau"] = self.model.held_out_tau = 1 + drafts / steps
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -108,6 +160,17 @@ class Trainer(transformers.Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # every process writes files of its own
+        if self.args.should_save:
+            write_checksums(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            _fill_states(self.optimizer)
+        super()._save_optimizer_and_scheduler(output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
@@ -120,11 +183,7 @@ class Trainer(transformers.Trainer):
             for part in ("heads", "base")
         }
         base_hash = None
-        if model.multi_token.freeze_trunk:
-            base_hash = self._base_hash
-        elif adapters := adapter_names(model.base):
-            path = native.writable(directory) / ADAPTERS
-            save_file({name: parts["base"][name].contiguous() for name in adapters}, path)
+        if model.multi_token.freeze_trunk or adapter_layers(model.base):
             base_hash = self._base_hash
         else:
             tied = getattr(model.base, "all_tied_weights_keys", {})  # gathered, they no longer share memory
@@ -134,19 +193,30 @@ class Trainer(transformers.Trainer):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(directory)
         native.save_heads(
-            model, directory, base_hash=base_hash, tokenizer=self.processing_class, tensors=parts["heads"]
+            model,
+            directory,
+            base_hash=base_hash,
+            tokenizer=self.processing_class,
+            tensors=parts["heads"],
+            base_tensors=parts["base"],
         )
 
     def save_result(self, directory: Path, base_name: str | None) -> None:
-        """Write what the training was for: heads in bfloat16 for a frozen base, else a plain model and its heads."""
+        """Write what the training was for: heads in bfloat16 for a frozen base, else a plain model and its heads.
+
+        Adapters that the trunk has are written beside the heads.
+        """
         if self.model.multi_token.freeze_trunk and not self.is_fsdp_enabled:
             if self.args.should_save:
                 native.save_heads(
                     self.model, directory, base_name=base_name, dtype=torch.bfloat16, tokenizer=self.processing_class
                 )
-            return
-        merge_adapters(self.model.base)
-        self.save_model(str(directory))
+        elif adapter_layers(self.model.base):
+            tensors = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+            if self.args.should_save:
+                native.save(self.model, directory, self.processing_class, tensors=tensors)
+        else:
+            self.save_model(str(directory))
 
     @cached_property
     def _base_hash(self) -> str:  # of a frozen base, for every checkpoint
@@ -154,6 +224,7 @@ class Trainer(transformers.Trainer):
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
+        _refuse_damaged(self.state.best_model_checkpoint, needed=())
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -169,11 +240,12 @@ class Trainer(transformers.Trainer):
         model, base = self.model, self.model.base
         if model.multi_token.freeze_trunk:
             pass
-        elif names := adapter_names(base):
-            stored = native.read_tensors(Path(resume_from_checkpoint) / ADAPTERS)
-            base.load_state_dict({name: stored[name] for name in names}, strict=False)
+        elif adapter_layers(base):
+            native.read_adapters(base, resume_from_checkpoint)
         else:
-            base.load_state_dict(native.load_base(resume_from_checkpoint, dtype=model.trunk.dtype).state_dict())
+            # a base of the user's own code was trusted when it was first opened
+            again = native.load_base(resume_from_checkpoint, model.trunk.dtype, base.is_custom_code())
+            base.load_state_dict(again.state_dict())
         native.load_heads(model, resume_from_checkpoint)
 
 
@@ -188,6 +260,40 @@ class _Scheduled(transformers.TrainerCallback):
         progress = state.global_step / max(1, state.max_steps)
         least = 2 if config.freeze_trunk else 1  # something must be trained
         self.model.weights = self.model.schedule.weights_at(progress, config.weights, config.n, least)
+
+
+def _fill_states(optimizer: Any) -> None:
+    """Give parameters without an optimizer state one of zeros, where a step begins.
+
+    Those of a depth that had no weight so far have none, without which FSDP2 would not load a checkpoint.
+    """
+    states = optimizer.state
+    like = next(((parameter, state) for parameter, state in states.items() if state), None)
+    for parameter in chain.from_iterable(group["params"] for group in optimizer.param_groups):
+        if like is None or states.get(parameter):
+            continue
+        known, state = like
+        states[parameter] = {
+            name: torch.zeros_like(parameter if value.shape == known.shape else value, dtype=value.dtype)
+            for name, value in state.items()
+            if isinstance(value, Tensor)
+        }
+
+
+class _AtTheEnd(transformers.TrainerCallback):
+    """Trains no further step where the checkpoint that is resumed is of the last one.
+
+    transformers stops only after a step. Nothing is saved or evaluated anew either.
+    """
+
+    def on_train_begin(
+        self, args: Any, state: transformers.TrainerState, control: transformers.TrainerControl, **kwargs: Any
+    ) -> None:
+        self.is_done = control.should_training_stop = state.global_step >= state.max_steps
+
+    def on_epoch_end(self, args: Any, state: Any, control: transformers.TrainerControl, **kwargs: Any) -> None:
+        if self.is_done:
+            control.should_save = control.should_evaluate = control.should_log = False
 
 
 def simulated(accepted: Tensor) -> list[int]:
@@ -214,16 +320,73 @@ def simulated(accepted: Tensor) -> list[int]:
     return steps
 
 
-def last_checkpoint(directory: str | Path) -> str | None:
-    """The newest whole checkpoint of a training directory; one that a kill cut short is passed over."""
-    found = sorted(Path(directory).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    return next((str(path) for path in found if _is_whole(path)), None)
+def last_checkpoint(directory: str | Path, say: Callable[[str], Any] = logger.warning) -> str | None:
+    """The newest whole checkpoint of a training directory; None where there is none.
+
+    Damaged ones that are newer are renamed to `damaged-checkpoint-N`: transformers keeps the checkpoints of the highest
+    numbers, and would remove what is written next in favour of them.
+
+    Args:
+        say: called with a message for every damaged one.
+    """
+    checkpoints = sorted(
+        Path(directory).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True
+    )
+    for checkpoint in checkpoints:
+        if (damaged := damaged_file(checkpoint)) is None:
+            return str(checkpoint)
+        say(f"{checkpoint} is passed over: its {damaged} is missing or damaged")
+        with suppress(OSError):  # another process of the training has renamed it
+            os.replace(checkpoint, checkpoint.with_name(f"damaged-{checkpoint.name}"))
+    return None
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    try:  # the Trainer writes its state after the model and the optimizer
-        json.loads((checkpoint / "trainer_state.json").read_text())
+def write_checksums(checkpoint: Path) -> None:
+    """Write the sha256 of all files of a checkpoint beside them, once they are complete."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and not path.name.startswith(CHECKSUMS))
+    sums = {path.relative_to(checkpoint).as_posix(): sha256(path) for path in files}
+    write_json(checkpoint / CHECKSUMS, sums)
+
+
+def damaged_file(checkpoint: Path, needed: Sequence[str] = RESUMED) -> str | None:
+    """The first file of a checkpoint that is missing or damaged; None where all are whole.
+
+    Args:
+        needed: files that must be there; a checkpoint of an earlier nextn has no checksums that say so.
+    """
+    name = CHECKSUMS
+    try:
+        sums = json.loads((checkpoint / CHECKSUMS).read_text()) if (checkpoint / CHECKSUMS).exists() else {}
+        for name, stated in sums.items():
+            if sha256(checkpoint / name) != stated:
+                return name
+        for pattern in needed:
+            if not any(checkpoint.glob(pattern)):
+                return pattern.rstrip("*")
+        name = "trainer_state.json"
+        json.loads((checkpoint / name).read_text())
+        name = "nextn/config.json"
         native.describe(checkpoint)
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
+        return name
+    return None
+
+
+def _refuse_damaged(checkpoint: str | Path, needed: Sequence[str] = RESUMED) -> None:
+    if damaged := damaged_file(Path(checkpoint), needed):
+        raise ConfigError(f"{checkpoint} cannot be used, its {damaged} is missing or damaged; use another checkpoint.")
+
+
+def write_finished(directory: Path) -> None:
+    """Note that a training is finished and which files its result has; written last."""
+    files = [path for pattern in RESULT for path in directory.glob(pattern) if path.is_file()]
+    write_json(directory / FINISHED, {"files": sorted(path.relative_to(directory).as_posix() for path in files)})
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether a training in a directory is finished and its result is still there."""
+    try:
+        files = json.loads((directory / FINISHED).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return (checkpoint / "nextn" / "heads.safetensors").is_file() and (checkpoint / "scheduler.pt").is_file()
+    return all((directory / name).is_file() for name in files)

@@ -1,8 +1,8 @@
 """Everything that nextn asks of a host model, in one place.
 
 A *host* is a Hugging Face causal language model; its *trunk* is that model seen from nextn: embedding,
-decoder layers, final norm, unembedding. All that leans on internals of transformers (masks, cache layers, the
-call of one decoder layer) lives in this module and nowhere else. It knows transformers 5.17 to 5.23.
+decoder layers, final norm, unembedding. All that depends on internals of transformers (masks, cache layers, the
+call of one decoder layer) is in this module and nowhere else. Tested with transformers 5.23 and 5.24.
 
 Shapes: B batch, T time, S keys, H heads, D model width, V vocabulary.
 """
@@ -10,9 +10,11 @@ Shapes: B batch, T time, S keys, H heads, D model width, V vocabulary.
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +28,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from nextn.adapters import adapter_layers, merge_adapters
 from nextn.attention import chain_attention
 from nextn.config import Tap
+from nextn.logits import LogitTransform
 
 # Attention patterns that a buffer of full length can serve, and so can be rolled back.
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
@@ -47,7 +51,8 @@ class HostError(ValueError):
 class Trunk:
     """A host causal LM, seen as embedding, decoder layers, final norm and unembedding.
 
-    It holds references only: it is no module, so that heads that use it do not register the host twice.
+    It is no module, so that heads that use it do not register the host twice. Parts are looked up in the host at each
+    use: embeddings may be resized, layers replaced and adapters merged after the trunk was made.
 
     Args:
         model: a causal language model of transformers with `layers`, `norm` and `rotary_emb` in its decoder
@@ -62,16 +67,45 @@ class Trunk:
         self.model = model
         self.decoder: Any = model.get_decoder()
         self.config = self.decoder.config
-        self.layers: nn.ModuleList = self.decoder.layers
-        self.norm: nn.Module = self.decoder.norm
-        self.embedding: nn.Module = model.get_input_embeddings()
-        self.unembedding: nn.Linear = model.get_output_embeddings()
         self.layer_types: list[str] = _layer_types(self.config)
-        rotary_arguments = inspect.signature(self.decoder.rotary_emb.forward).parameters
-        self.rotary: nn.Module = self.decoder.rotary_emb
-        self._rotary_by_type = "layer_type" in rotary_arguments
+        self._decoder_cache, self._layer_cache = cache_argument(self.decoder), cache_argument(self.layers[0])
+        self.is_checked = False  # whether our forward was compared with the host's, see `nextn.support`
+        # Layers of Gemma 4 leave their keys for later layers; a head has none.
+        self._shares_keys = "shared_kv_states" in inspect.signature(self.layers[0].forward).parameters
+        self._rotary_by_type = "layer_type" in inspect.signature(self.rotary.forward).parameters
 
     # --- what it is -------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.decoder.layers
+
+    @property
+    def norm(self) -> nn.Module:
+        """The final norm."""
+        return self.decoder.norm
+
+    @property
+    def rotary(self) -> nn.Module:
+        return self.decoder.rotary_emb
+
+    @property
+    def embedding(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    @property
+    def unembedding(self) -> nn.Linear:
+        return self.model.get_output_embeddings()
+
+    @property
+    def transform(self) -> LogitTransform:
+        """What the host does to the logits of its unembedding."""
+        return LogitTransform.of(self.model, self.config)
+
+    @property
+    def cache_layers(self) -> int:
+        """How many layers of a cache one forward writes; LongCat-Flash has two attentions in each decoder layer."""
+        return int(self.config.num_hidden_layers)
 
     @property
     def width(self) -> int:
@@ -85,6 +119,11 @@ class Trunk:
     def max_length(self) -> int:
         """The context, see `context_length`."""
         return context_length(self.config)
+
+    @property
+    def hard_limit(self) -> int | None:
+        """How long a text can become, see `hard_limit`; None where it may go on past the context."""
+        return hard_limit(self.config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,24 +154,42 @@ class Trunk:
         implementations = (self.config._attn_implementation, getattr(self.config, "_experts_implementation", None))
         return f"{json.dumps(settings, sort_keys=True, default=str)} {implementations}"
 
+    def adapters(self) -> str:
+        """Which adapters it computes with, and how strong they are."""
+        return repr(_adapters(self.model))
+
+    def fingerprint(self) -> str:
+        """A digest of the weights, the config and the active adapters; what is kept of a trunk's work is tied to it."""
+        return f"{fingerprint(self.model)} {self.settings()}"
+
     # --- parts for heads --------------------------------------------------------------------------------------
 
     def new_layer(self, dense: bool = False) -> nn.Module:
         """A decoder layer like the host's last one, weights included: the start of a head.
 
+        Active adapters of the host are merged into the copy, which has none itself.
+
         Args:
             dense: with the MLP of the host's last layer without experts.
 
         Raises:
-            HostError: where all layers of the host have experts.
+            HostError: where all layers of the host have experts, or where its layers have several attentions.
         """
+        name = type(self.model).__name__
+        parts = [part for part in self.layers[-1].modules() if part is not self.layers[-1]]
+        if len({getattr(part, "layer_idx", None) for part in parts} - {None}) > 1:
+            raise HostError(
+                f"{name} has several attentions in each decoder layer, while heads made of it have one cache: "
+                "choose eagle3 heads or parallel heads with head='linear' or 'residual_mlp', or decode without heads."
+            )
         shared = {id(self.config): self.config}  # the config is not copied: it says which attention runs
         layer: Any = copy.deepcopy(self.layers[-1], shared)
         if dense:
             plain = [each.mlp for each in self.layers if not hasattr(each.mlp, "experts")]
             if not plain:
-                raise HostError(f"{type(self.model).__name__} has experts in every layer; leave dense out.")
+                raise HostError(f"{name} has experts in every layer; leave dense out.")
             layer.mlp = copy.deepcopy(plain[-1], shared)
+        merge_adapters(layer)
         return layer.requires_grad_(True)
 
     def new_norm(self, like_final: bool = False) -> nn.Module:
@@ -167,8 +224,8 @@ class Trunk:
                 input_ids=input_ids,
                 attention_mask=self._masks(visible),
                 position_ids=positions.clamp(min=0),
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **{self._decoder_cache: cache},
             ).last_hidden_state
         if len(caught) > 1:
             return hidden, torch.cat(caught, dim=-1)
@@ -176,7 +233,8 @@ class Trunk:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden after the final norm [..., D] -> the host's own logits [..., V]."""
-        return self.unembedding(hidden.to(self.dtype))
+        unembedding = self.unembedding
+        return self.transform.unembed(unembedding, hidden.to(unembedding.weight.dtype))
 
     def run_layer(
         self, layer: nn.Module, states: Tensor, positions: Tensor, visible: VisibleFn, cache: Cache | None = None
@@ -188,8 +246,9 @@ class Trunk:
                 states,
                 attention_mask=self._mask(visible(self.window(self.last_layer_type))),
                 position_ids=positions,
-                past_key_values=cache,
                 position_embeddings=self._angles(states, positions, self.last_layer_type),
+                **{self._layer_cache: cache},
+                **({"shared_kv_states": {}} if self._shares_keys else {}),
             )
         return output[0] if isinstance(output, tuple) else output
 
@@ -209,14 +268,18 @@ class Trunk:
 
     @contextmanager
     def _tapping(self, tap: Tap) -> Iterator[list[Tensor]]:
-        """Catch the inputs of the final norm or of some layers during one forward; nothing for `post_norm`."""
+        """Catch the inputs of the final norm or of some layers during one forward; nothing for `post_norm`.
+
+        The hooks see the forwards of other threads too, and ignore them.
+        """
         modules = [self.layers[place] for place in tap] if isinstance(tap, list) else _TAPPED[tap](self)
         caught: list[Tensor] = [torch.empty(0)] * len(modules)
-        handles = []
+        handles, thread = [], this_thread()
         for place, module in enumerate(modules):
-
-            def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], place: int = place) -> None:
-                caught[place] = args[0] if args else kwargs["hidden_states"]
+            # Another thread may call a hook before PyTorch has noted that it takes kwargs, hence their default.
+            def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: Any = None, place: int = place) -> None:
+                if this_thread() == thread:
+                    caught[place] = args[0] if args else kwargs["hidden_states"]
 
             handles.append(module.register_forward_pre_hook(catch, with_kwargs=True))
         try:
@@ -237,17 +300,17 @@ class Trunk:
         if self.is_eager:
             raise HostError("Heads that read the trunk's keys need attn_implementation='sdpa'.")
         caught: list[Any] = [None] * len(layers)
+        places = {id(self.attention(layer)): place for place, layer in enumerate(layers)}
 
-        def catching(place: int) -> Callable[[Tensor, Tensor], None]:
-            return lambda key, value: caught.__setitem__(place, (key, value))
+        def catch(attention: nn.Module, key: Tensor, value: Tensor) -> None:
+            if (place := places.get(id(attention))) is not None:
+                caught[place] = key, value
 
-        for place, layer in enumerate(layers):
-            self.attention(layer).nextn_catch = catching(place)
+        before, _capturing.catch = getattr(_capturing, "catch", None), catch
         try:
             yield caught
         finally:
-            for layer in layers:
-                del self.attention(layer).nextn_catch
+            _capturing.catch = before
 
     @property
     def rope_theta(self) -> float:
@@ -318,6 +381,39 @@ class Trunk:
         return torch.zeros_like(visible, dtype=self.dtype).masked_fill(~visible, hidden_value)
 
 
+@torch.no_grad()
+def fingerprint(module: nn.Module) -> str:
+    """A digest that changes with the weights of a module, and with its adapters: which are active, merged, how strong.
+
+    Of each tensor it takes the address, PyTorch's version counter and a few values, evenly spaced: an edit through
+    `.data` leaves the counter as it is. An edit of single values that way may go unnoticed.
+    """
+    held = (tensor for part in module.modules() for tensor in (*part._parameters.values(), *part._buffers.values()))
+    tensors = [tensor for tensor in held if tensor is not None]
+    stamps = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.shape) for tensor in tensors]
+    samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel() and tensor.device.type != "meta":
+            samples.setdefault((tensor.device, tensor.dtype), []).append(evenly_spaced(tensor))
+    values = [torch.cat(found).double().tolist() for found in samples.values()]
+    return hashlib.sha256(repr((stamps, values, _adapters(module))).encode()).hexdigest()
+
+
+def evenly_spaced(tensor: Tensor, count: int = 4) -> Tensor:
+    """A few values of a tensor, the first and the last among them."""
+    if tensor.numel() < count or not tensor.is_contiguous():
+        return tensor.flatten()[: count + 1]
+    return tensor.as_strided((count,), ((tensor.numel() - 1) // (count - 1),))
+
+
+def _adapters(module: nn.Module) -> list[tuple[Any, ...]]:
+    """What each adapted layer computes with: active and merged adapters, whether they are off, their scales."""
+    return [
+        (layer.active_adapters, layer.merged_adapters, layer.disable_adapters, getattr(layer, "scaling", None))
+        for layer in adapter_layers(module).values()
+    ]
+
+
 def _grouped_sdpa(
     module: nn.Module,
     query: Tensor,
@@ -334,8 +430,8 @@ def _grouped_sdpa(
     few queries are folded into the rows of their group's head, [B, H, T, D] -> [B, H', groups·T, D], so that keys are
     read once a group: 23 us against 40 (4 queries, 256 keys; bfloat16, 2 cores).
     """
-    if (catch := getattr(module, "nextn_catch", None)) is not None:
-        catch(key, value)
+    if (catch := getattr(_capturing, "catch", None)) is not None:
+        catch(module, key, value)
     if attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **kwargs)
     (rows, heads, length, _), shared = query.shape, key.shape[1]
@@ -385,20 +481,50 @@ AttentionInterface.register(ATTENTION, _grouped_sdpa)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
+_capturing = threading.local()  # `catch`: gets the keys and values of each attention of this thread's forward
+_attending_lock = threading.Lock()
+_attending_now: dict[int, int] = {}  # how many forwards are running with our attention, by the id of the host's config
+
+
 @contextmanager
 def _attending(config: Any) -> Iterator[None]:
     """Let a host that uses sdpa use ours during one forward; the host's own forwards stay as they are.
 
-    Should another thread run the host meanwhile, it gets either attention, and both give it the right result.
+    The config is shared by threads: the last of several forwards puts sdpa back. Should the host's own forward run
+    meanwhile in another thread, it gets either attention, and both give it the right result.
     """
     if config._attn_implementation not in ("sdpa", ATTENTION):
         yield
         return
-    config._attn_implementation = ATTENTION
+    _count_attending(config, 1)
     try:
         yield
     finally:
-        config._attn_implementation = "sdpa"
+        _count_attending(config, -1)
+
+
+def _count_attending(config: Any, change: int) -> None:
+    """Note a forward that begins (1) or ends (-1), and set the attention accordingly."""
+    if torch.compiler.is_compiling():  # Dynamo cannot trace a lock
+        config._attn_implementation = ATTENTION if change > 0 else "sdpa"
+        return
+    with _attending_lock:
+        running = _attending_now.get(id(config), 0) + change
+        _attending_now[id(config)] = running
+        if not running:
+            del _attending_now[id(config)]
+        config._attn_implementation = ATTENTION if running else "sdpa"
+
+
+@torch.compiler.disable  # Dynamo cannot trace it
+def this_thread() -> int:
+    """The identifier of the running thread."""
+    return threading.get_ident()
+
+
+def cache_argument(module: nn.Module | type[nn.Module]) -> str:
+    """What the forward of a decoder or layer calls its cache: `cache`, before transformers 5.24 `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def causal(
@@ -476,9 +602,9 @@ class _Buffer(CacheLayerMixin):
 
         self.hold(empty(key_states), empty(value_states))
 
-    def hold(self, keys: Tensor, values: Tensor) -> None:
+    def hold(self, keys: Tensor | None, values: Tensor | None) -> None:
         self.keys, self.values = keys, values
-        self.is_initialized = True
+        self.is_initialized = keys is not None  # cross attention writes nothing without a picture
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("a buffer is written through its RaggedCache")
@@ -587,10 +713,12 @@ class RaggedCache(Cache):
         """Make room for more positions a row; what it holds stays."""
         layers: list[Any] = self.layers
         capacity = _whole_blocks(capacity)
+        more = (0, 0, 0, capacity - self.capacity)
+        filled = [layer for layer in layers if layer.is_initialized]
+        # All are made before one is put in place: without memory for them the cache stays as it is.
+        for layer, pair in zip(filled, [(F.pad(x.keys, more), F.pad(x.values, more)) for x in filled], strict=True):
+            layer.hold(*pair)
         for layer in layers:
-            if layer.is_initialized:
-                keys, values = layer.keys, layer.values
-                layer.hold(*(F.pad(part, (0, 0, 0, capacity - self.capacity)) for part in (keys, values)))
             layer.slots = capacity + 1
         self.capacity = capacity
 
@@ -665,13 +793,18 @@ def _layer_types(config: Any) -> list[str]:
 
 
 def context_length(config: Any) -> int:
-    """How many positions a host was made for.
+    """How many positions a host was made for; a text may go on past them, but for a `hard_limit`."""
+    return int(min(config.max_position_embeddings, hard_limit(config) or config.max_position_embeddings))
+
+
+def hard_limit(config: Any) -> int | None:
+    """How many positions a text of a host can have; None where positions are unbounded.
 
     With `longrope` (Phi-3), where its short factors end: past that it rotates all positions otherwise, and what the
     cache holds would no longer be the plain model's.
     """
-    ends = [rope["original_max_position_embeddings"] for rope in _ropes(config, "longrope")]
-    return int(min([config.max_position_embeddings, *ends]))
+    ends = [int(rope["original_max_position_embeddings"]) for rope in _ropes(config, "longrope")]
+    return min(ends, default=None)
 
 
 def _ropes(config: Any, rope_type: str) -> list[dict[str, Any]]:
@@ -691,6 +824,8 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
     if model.get_output_embeddings() is None:
         raise HostError(f"{name} has no language model head; load it with AutoModelForCausalLM.")
     decoder = model.get_decoder()
+    if not hasattr(decoder, "config"):
+        raise HostError(f"{name} does not say which of its parts is the decoder; not supported yet.")
     strange = sorted(set(_layer_types_or_none(decoder)) - _ATTENTION_TYPES)
     if strange or getattr(model, "_is_stateful", False):
         what = f"layers of type {', '.join(strange)}" if strange else "a recurrent state"
@@ -714,23 +849,3 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
 def _layer_types_or_none(decoder: nn.Module) -> list[str]:
     config = getattr(decoder, "config", None)
     return _layer_types(config) if hasattr(config, "num_hidden_layers") else []
-
-
-@torch.no_grad()
-def check_logits(trunk: Trunk) -> None:
-    """Refuse a host whose logits are not its unembedding of its last hidden state (a soft cap, a scale).
-
-    Raises:
-        HostError: where `trunk.logits(hidden)` differs from the host's own logits on a short input.
-    """
-    device = trunk.device
-    if device.type == "meta":
-        return
-    ids = torch.arange(4, device=device)[None] % trunk.vocab_size
-    theirs = trunk.model(input_ids=ids, use_cache=False).logits.float()
-    ours = trunk.logits(trunk.decoder(input_ids=ids, use_cache=False).last_hidden_state).float()
-    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
-        raise HostError(
-            f"{type(trunk.model).__name__} changes its logits after the unembedding (a soft cap or a scale); "
-            "not supported yet."
-        )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nextn.data import DataError, example, records_of
+from nextn.data import DataError, check_ids, example, naming, records_of
 from nextn.losses import IGNORE
 
 
@@ -33,10 +33,10 @@ def counted(
         category: count only records whose `category` this is.
 
     Raises:
-        DataError: where nothing is to be counted.
+        DataError: where nothing is to be counted, or a token is not below `vocab_size`.
     """
     counts = torch.zeros(vocab_size, dtype=torch.long)
-    for labels in _labels(sources, tokenizer, category):
+    for labels in _labels(sources, tokenizer, vocab_size, category):
         counts += torch.bincount(labels, minlength=vocab_size)
     if not counts.any():
         of = f" of category {category}" if category else ""
@@ -45,12 +45,14 @@ def counted(
 
 
 def _labels(
-    sources: Iterable[str | Path], tokenizer: PreTrainedTokenizerBase, category: str | None
+    sources: Iterable[str | Path], tokenizer: PreTrainedTokenizerBase, vocab_size: int, category: str | None
 ) -> Iterator[Tensor]:
     for source in sources:
-        for record in records_of(source):
+        for number, record in enumerate(records_of(source), start=1):
             if category is None or record.get("category") == category:
-                _, labels = example(tokenizer, record) or ([], [])
+                with naming(f"{source}, record {number}"):
+                    _, labels = example(tokenizer, record) or ([], [])
+                check_ids(labels, vocab_size)
                 yield torch.tensor([label for label in labels if label != IGNORE], dtype=torch.long)
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import nextn
-from conftest import CONFIGS, KINDS, MORE_KINDS, made_up_text, make_host
+from conftest import CONFIGS, KINDS, MORE_KINDS, made_up_text, make_host, with_lora
 from nextn.config import OutputConfig
 from nextn.decoding import building
-from nextn.decoding.compiled import _in_memory, key, on_stderr
+from nextn.decoding.compiled import _in_memory, _loaded, compiled, key, on_stderr, recall, remember
 from nextn.decoding.engine import Engine
+from nextn.decoding.pace import Profile
 from nextn.decoding.sampling import keys
 from nextn.decoding.verify import Draw, Verify
+from nextn.store import Store
 from nextn.trunk import Trunk
 
 
@@ -168,15 +171,112 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so(trained_model, prompts, 
     assert decoded(engine, prompts) == decoded(trained_model.engine(), prompts)
 
 
-def test_a_damaged_package_is_removed_and_named(trained_host, cache, caplog):
+class Double(torch.nn.Module):
+    """Little to compile."""
+
+    def forward(self, numbers):
+        return (numbers * 2,)
+
+
+def damaged_is_compiled_anew(cache, caplog) -> None:
+    module, inputs = Double(), (torch.randn(61),)
+    compiled(module, inputs)
+    (path,) = (cache / "compiled").iterdir()
+    assert path.name.startswith(f"double-{key(module, inputs)}.")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    _loaded.clear()
+    compiling = []
+    again = compiled(module, inputs, lambda message: compiling.append(message) or torch.no_grad())
+    assert len(compiling) == 1 and f"{path} is damaged and is removed" in caplog.text
+    assert torch.equal(again(*inputs)[0], inputs[0] * 2)
+    compiled(module, inputs, lambda message: pytest.fail(f"compiled a third time: {message}"))
+    assert len(list((cache / "compiled").iterdir())) == 1, "nothing of the compiler's own stays"
+
+
+def test_a_damaged_package_is_removed_named_and_compiled_anew(cache, caplog, monkeypatch):
+    """With a compiler and a loader that only pretend."""
+
+    class Loaded:
+        loader = SimpleNamespace(run=lambda inputs: Double()(*inputs))
+
+    def write(_module, _inputs, path) -> None:
+        (path.parent / "kernel.cpp").write_text("the compiler's own")
+        path.write_bytes(b"a package" * 100)
+
+    monkeypatch.setattr("nextn.decoding.compiled._package", write)
+    monkeypatch.setattr("nextn.decoding.compiled._load", lambda path: Loaded())
+    monkeypatch.setattr("nextn.decoding.compiled.require_compiler", lambda: None)
+    damaged_is_compiled_anew(cache, caplog)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_damaged_package_of_the_real_compiler_is_compiled_anew(cache, caplog):
+    damaged_is_compiled_anew(cache, caplog)
+
+
+def test_a_package_that_is_intact_and_cannot_be_loaded_is_named(trained_host, cache, caplog):
     engine = Engine(Trunk(trained_host), None)
     with torch.no_grad():
         inputs = building.example(engine, 0)
-    path = cache / "compiled" / f"verify-{key(Verify(engine.trunk, engine.tap), inputs)}.pt2"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"half a package")
+    packages, name = Store(cache / "compiled", ".pt2"), f"verify-{key(Verify(engine.trunk, engine.tap), inputs)}"
+    packages.put(name, b"of another PyTorch")
     assert engine.compile().code is None
-    assert str(path) in caplog.text and not path.exists()
+    assert f"{packages.get(name)} cannot be loaded" in caplog.text
+
+
+def test_a_damaged_package_that_cannot_be_removed_is_one_sentence(trained_host, cache, caplog, monkeypatch):
+    engine = Engine(Trunk(trained_host), None)
+    with torch.no_grad():
+        name = f"verify-{key(Verify(engine.trunk, engine.tap), building.example(engine, 0))}"
+    packages = Store(cache / "compiled", ".pt2")
+    packages.put(name, b"intact")
+    path = packages.get(name)
+    path.write_bytes(b"damaged")
+
+    def unlink(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(path), "unlink", unlink)
+    assert engine.compile().code is None
+    assert f"{cache / 'compiled'} cannot be used" in caplog.text and "Permission denied" in caplog.text
+    assert "is removed" not in caplog.text and path.exists()
+
+
+def test_a_compile_that_another_host_has_begun_is_waited_for_and_named(trained_host, cache, caplog, monkeypatch):
+    monkeypatch.setattr("nextn.store.WAIT", 0.1)
+    engine = Engine(Trunk(trained_host), None)
+    with torch.no_grad():
+        name = f"verify-{key(Verify(engine.trunk, engine.tap), building.example(engine, 0))}"
+    (cache / "compiled").mkdir()
+    (cache / "compiled" / f"{name}.lock").write_text("")
+    monkeypatch.setattr("nextn.decoding.compiled.require_compiler", lambda: None)
+    assert engine.compile().code is None
+    assert f"{name} is in use by another process" in caplog.text
+
+
+def test_numbers_that_were_measured_are_kept_and_checked(cache):
+    assert recall("padding-x") is None
+    remember("padding-x", 3)
+    remember("padding-x", 0)
+    assert recall("padding-x") == 0
+    (path,) = (cache / "compiled").iterdir()
+    path.write_text("7")
+    assert recall("padding-x") is None
+
+
+def test_a_profile_is_kept_checked_and_of_one_set_of_adapters(trained_host, cache, monkeypatch):
+    profiles, profile = Store(cache, ".json"), Profile({0: 1.0, 3: 1.5}, drawn=1.25)
+    profile.write(profiles, "name")
+    assert Profile.read(profiles, "name") == profile
+    profiles.get("name").write_text(profiles.get("name").read_text().replace("1.5", "9.5"))
+    assert Profile.read(profiles, "name") is None
+    hosts = [trained_host, *(with_lora(copy.deepcopy(trained_host), enabled=enabled) for enabled in (True, False))]
+    names = [building._profile_name(Engine(Trunk(host), None), 1) for host in hosts]
+    assert names[0] == building._profile_name(Engine(Trunk(copy.deepcopy(trained_host)), None), 1)
+    assert len(set(names)) == 3
 
 
 def test_the_key_tells_apart_what_compiles_differently(trained_host):
@@ -193,11 +293,21 @@ def test_the_key_tells_apart_what_compiles_differently(trained_host):
     faster.model.rotary_emb.inv_freq.mul_(2)
     windowed = copy.deepcopy(trained_host)
     windowed.config.sliding_window = 5
+    adapted = with_lora(copy.deepcopy(trained_host))
+    disabled = with_lora(copy.deepcopy(trained_host), enabled=False)
+    hooked = copy.deepcopy(trained_host)
+    hooked.model.norm.register_forward_hook(lambda _module, _args, output: output * 2)
+    patched = copy.deepcopy(trained_host)
+    patched.model.layers[0].mlp.forward = lambda states: states
     keys = [
         key_of(trained_host),
         key_of(faster),
         key_of(windowed),
         key_of(other),
+        key_of(adapted),
+        key_of(disabled),
+        key_of(hooked),
+        key_of(patched),
         key_of(copy.deepcopy(trained_host).bfloat16()),
         key_of(trained_host, padding=3),
         key_of(trained_host, tap="pre_norm"),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import zip_longest
 
 import pytest
 import torch
+import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import VOCAB, Restless, greedy_reference
+from conftest import COMMON, VOCAB, Restless, greedy_reference
 from nextn.decoding.drafting import BEST, Drafts, HeadDrafter
-from nextn.decoding.engine import Engine, PromptError
+from nextn.decoding.engine import Engine, PromptError, warn_once
 from nextn.decoding.pace import Profile
 from nextn.heads.base import Window
 from nextn.trunk import RaggedCache, Trunk
@@ -262,12 +264,44 @@ def test_length_limits_are_exact(trained_model, prompts, new):
         assert len(result.origins) == new and result.finish == "length"
 
 
-def test_the_context_ends_a_text(trained_model):
+def test_a_text_goes_on_past_the_context_with_one_warning(trained_model, caplog):
+    warn_once.cache_clear()
     context = trained_model.trunk.max_length
-    prompt = [3 + place % 50 for place in range(context - 6)]
-    ((_, result),) = trained_model.engine(stop_tokens=[]).generate([prompt], 50)
-    assert result.tokens == greedy_reference(trained_model.base, prompt, 6)
-    with pytest.raises(PromptError, match="leaves no room"):
-        list(trained_model.engine().generate([[3] * context], 5))
+    prompts = [[3 + place % 50 for place in range(context - left)] for left in (6, 40)]
+    engine = trained_model.engine(rows=2, stop_tokens=[], depth=None)
+    with caplog.at_level(logging.WARNING):
+        found = dict(engine.generate(prompts, 6))
+        assert "context" not in caplog.text  # the context is full
+        for _ in range(2):
+            found = dict(engine.generate([*prompts, [3] * (context + 9)], 50))
+    for index, prompt in enumerate([*prompts, [3] * (context + 9)]):
+        theirs = trained_model.base.generate(
+            torch.tensor([prompt]), max_new_tokens=50, do_sample=False, eos_token_id=None
+        )
+        assert found[index].tokens == theirs[0, len(prompt) :].tolist()
+    assert caplog.text.count(f"context of {context} tokens") == 1
+
+
+def test_texts_end_where_longrope_would_change_what_was_read(caplog):
+    warn_once.cache_clear()
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "factor": 2.0,
+    }
+    config = tf.Phi3Config(**COMMON, rope_parameters=rope, original_max_position_embeddings=64)
+    host = tf.AutoModelForCausalLM.from_config(config).eval()
+    engine = Engine(Trunk(host), None, rows=2)
+    with caplog.at_level(logging.WARNING):
+        found = dict(engine.generate([[5] * 60, [6] * 9], 20))
+    assert [len(found[index].tokens) for index in range(2)] == [4, 20] and found[0].finish == "length"
+    assert caplog.text.count("end at 64 tokens") == 1
+    with pytest.raises(PromptError, match="64 at most, which leaves no room"):
+        list(engine.generate([[5] * 64], 1))
+
+
+def test_an_empty_prompt_is_refused(trained_model):
     with pytest.raises(PromptError, match="empty"):
         list(trained_model.engine().generate([[]], 5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
@@ -224,6 +225,48 @@ def test_texts_without_room_for_their_caches_end_alone(model, plain, monkeypatch
         works_still(engine, plain)
 
 
+@pytest.mark.parametrize("failing", ["trunk", "drafter"])
+def test_without_memory_for_longer_texts_they_end(failing, model, plain, monkeypatch, caplog):
+    grow, context = RaggedCache.grow, model.trunk.max_length
+
+    def with_little_memory(self, capacity):
+        is_trunks = len(self.layers) == model.trunk.cache_layers
+        if capacity > 2 * context and is_trunks == (failing == "trunk"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        grow(self, capacity)
+
+    monkeypatch.setattr(RaggedCache, "grow", with_little_memory)
+    engine = model.engine(rows=2, stop_tokens=[])
+    with caplog.at_level(logging.WARNING):
+        results = dict(engine.generate(PROMPTS[:3], [10**6, NEW, 10**6]))
+    assert "no memory for texts of more than" in caplog.text
+    for index, prompt in enumerate(PROMPTS[:3]):
+        assert results[index].finish == "length"
+        assert (
+            len(results[index].tokens) == NEW or context < len(prompt) + len(results[index].tokens) <= 2 * context + 64
+        )
+    assert len(results[1].tokens) == NEW
+    works_still(engine, plain)
+
+
+def test_caches_grow_with_texts_that_go_on_past_the_context(model):
+    context, new = model.trunk.max_length, 2 * model.trunk.max_length + 9
+    engine = model.engine(rows=2, stop_tokens=[])
+    results = dict(engine.generate(PROMPTS[:2], new))
+    ours = model.engine(heads=1, rows=1, stop_tokens=[])
+    for index in range(2):
+        ((_, alone),) = ours.generate([PROMPTS[index]], new)
+        assert len(results[index].tokens) == new and results[index].tokens == alone.tokens
+    assert context < engine.cache.capacity < 4 * context
+
+
+def test_a_long_limit_takes_no_memory(model):
+    engine = model.engine(rows=1, stop_tokens=[])
+    stops = {"stop": lambda _index, text: len(text) > 20}
+    ((_, result),) = engine.generate([PROMPTS[0]], 10**9, **stops)
+    assert result.finish == "stop" and engine.cache.capacity <= model.trunk.max_length + 64
+
+
 @pytest.mark.parametrize("whose", [0, 1])
 def test_kept_texts_are_given_up_where_they_cannot_grow(model, plain, monkeypatch, whose):
     grow, calls, long = RaggedCache.grow, [], made_up_text(1, 100, seed=5)[0].tolist()
@@ -386,10 +429,11 @@ def test_texts_may_end_at_once(model, plain, rows):
     assert found[0].tokens == plain[0][:1]
 
 
-def test_the_context_may_end_within_a_draft(model):
-    context = model.trunk.max_length
+def test_the_longest_text_may_end_within_a_draft(model, monkeypatch):
+    most = model.trunk.max_length
+    monkeypatch.setattr(type(model.trunk), "hard_limit", most)
     for left in (1, 2, 3, 5):
-        prompts = [made_up_text(1, context - left, seed=1)[0].tolist(), PROMPTS[2]]
+        prompts = [made_up_text(1, most - left, seed=1)[0].tolist(), PROMPTS[2]]
         for tree in (None, Tree(nodes=7)):
             found = dict(model.engine(rows=2, stop_tokens=[], tree=tree).generate(prompts, 9))
             assert found[0].tokens == greedy_reference(model.base, prompts[0], left) and found[0].finish == "length"
@@ -533,7 +577,7 @@ def run_schedule(world: World, data) -> None:
         assert len(found) == len(order)
         for index, each in enumerate(order):
             if way == "rejection":  # these texts are draws, see test_sampling.py
-                check_shape(found[index], min(limits[index], world.model.trunk.max_length - len(prompts[index])))
+                check_shape(found[index], limits[index])
             else:
                 expected = until(world.texts[way][each][: limits[index]], ends)
                 check_mishap(found[index], expected, *mishaps.get(index, ("", 0)))

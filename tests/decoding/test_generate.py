@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 import nextn
 from conftest import CONFIGS, greedy_reference, made_up_text, make_host, make_tokenizer
-from nextn.decoding.generate import GenerateError
+from nextn.decoding.generate import CACHE_NAME, GenerateError
 
 IDS = made_up_text(1, 12, seed=21)
 OURS = {"custom_generate": nextn.custom_generate}
@@ -73,6 +73,9 @@ def test_the_output_has_what_transformers_output_has(trained_model):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+DETAILS = {"return_dict_in_generate": True, "output_scores": True}
+
+
 class EndsAfter(tf.StoppingCriteria):
     """Ends a text with the first token of a kind."""
 
@@ -100,18 +103,132 @@ def test_stopping_criteria_end_a_text_at_the_very_token(trained_model):
     assert torch.equal(trained_model.generate(IDS, **asked), trained_model.base.generate(IDS, **asked))
 
 
+class StopsTheBatch(tf.StoppingCriteria):
+    """Keeps a flag for each row and counts from the padded prompt, as lm-eval's do; ends all rows together."""
+
+    def __init__(self, rows: int, prompt: int) -> None:
+        self.done, self.prompt, self.seen = [False] * rows, prompt, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.seen.append(input_ids.tolist())
+        new = input_ids[:, self.prompt :].tolist()
+        for row, done in enumerate(self.done):
+            self.done[row] = done or any(token % 7 == 0 for token in new[row])
+        return all(self.done)
+
+
+class StopsRows(StopsTheBatch):
+    """Ends each row by its own flag, and remembers how often it was asked."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        super().__call__(input_ids, scores)
+        return torch.tensor(self.done)
+
+
+@pytest.mark.parametrize("criterion", [StopsTheBatch, StopsRows])
+@pytest.mark.parametrize("ends", [[2], [11, 12, 13, 40, 41]])
+def test_criteria_see_the_whole_batch_column_by_column(trained_model, prompts, criterion, ends):
+    given = padded(prompts, "left")
+    asked = {"max_new_tokens": 25, "do_sample": False, "pad_token_id": 0, "eos_token_id": ends}
+    theirs, ours = (criterion(len(prompts), 30) for _ in range(2))
+    expected = trained_model.base.generate(**given, **asked, stopping_criteria=[theirs])
+    for _ in range(2):
+        out = trained_model.generate(**given, **asked, stopping_criteria=[ours], **DETAILS)
+        assert torch.equal(out.sequences, expected)
+        assert len(out.scores) == expected.shape[1] - 30
+        assert ours.seen == theirs.seen
+        ours = criterion(len(prompts), 30)
+    assert not torch.equal(expected, trained_model.base.generate(**given, **asked))
+
+
+def test_a_batch_that_criteria_cut_goes_on_from_its_cache(trained_model, prompts):
+    turns = [prompts[3], prompts[4]]
+    asked = {"max_new_tokens": 25, "do_sample": False, "pad_token_id": 0, **DETAILS}
+    first = trained_model.generate(**padded(turns, "left"), **asked, stopping_criteria=[StopsRows(2, 30)])
+    again = {"input_ids": first.sequences, "attention_mask": (first.sequences != 0).long()}
+    second = trained_model.generate(**again, **asked, cache=first[CACHE_NAME])
+    assert torch.equal(second.sequences, trained_model.generate(**again, **asked).sequences)
+
+
+def test_an_error_in_a_criterion_of_the_batch_leaves_the_engine_usable(trained_model, prompts):
+    def fails(input_ids, scores, **kwargs):
+        raise BrokenPipeError("nobody listens")
+
+    given, asked = padded(prompts[3:5], "left"), {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    first = trained_model.generate(**given, **asked, **DETAILS)
+    with pytest.raises(BrokenPipeError, match="nobody"):
+        trained_model.generate(**given, **asked, stopping_criteria=[fails], cache=first[CACHE_NAME], **DETAILS)
+    again = trained_model.generate(**given, **asked, cache=first[CACHE_NAME], **DETAILS)
+    assert torch.equal(again.sequences, first.sequences)
+
+
+def test_criteria_of_one_padded_prompt_see_its_padding(trained_model):
+    theirs, ours = StopsTheBatch(1, 17), StopsTheBatch(1, 17)
+    given = {"input_ids": torch.nn.functional.pad(IDS, (5, 0)), "attention_mask": torch.ones(1, 17, dtype=torch.long)}
+    given["attention_mask"][:, :5] = 0
+    expected = trained_model.base.generate(**given, max_new_tokens=25, do_sample=False, stopping_criteria=[theirs])
+    assert torch.equal(
+        trained_model.generate(**given, max_new_tokens=25, do_sample=False, stopping_criteria=[ours]), expected
+    )
+    assert ours.seen == theirs.seen and expected.shape[1] < 17 + 25
+
+
+class Brackets(tf.LogitsProcessor):
+    """A grammar of nested brackets that follows each row by the newest token at each call, as JSON schemas do.
+
+    Even tokens open, odd ones close, up to three deep. Each token must be shown to it once, and no other.
+    """
+
+    def __init__(self) -> None:
+        self.depths: list[int] | None = None
+
+    def __call__(self, input_ids, scores):
+        if self.depths is None:
+            self.depths = [0] * len(input_ids)
+        else:
+            self.depths = [d + (-1 if row[-1] % 2 else 1) for d, row in zip(self.depths, input_ids, strict=True)]
+        even = torch.arange(scores.shape[1]) % 2 == 0
+        closed, deepest = (torch.tensor([depth in some for depth in self.depths]) for some in ({0}, {3}))
+        return scores.masked_fill((closed[:, None] & ~even) | (deepest[:, None] & even), -torch.inf)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_grammar_does_not_advance_on_rejected_drafts(trained_model, prompts, rows):
+    given = padded(prompts[3 : 3 + rows], "left")
+    asked = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    theirs = trained_model.base.generate(**given, **asked, logits_processor=[Brackets()])
+    ours = trained_model.generate(**given, **asked, logits_processor=[Brackets()], depth=None)
+    assert torch.equal(ours, theirs) and not torch.equal(ours, trained_model.generate(**given, **asked))
+
+
 def test_streamers_see_every_token(trained_model):
     tokenizer = make_tokenizer()
-    for asked in ({"streamer": None}, {"token_streamer": None}):
-        name = next(iter(asked))
-        streamer = tf.TextIteratorStreamer(tokenizer, skip_prompt=True)
-        if name == "streamer":
-            given = trained_model.generate(IDS, max_new_tokens=12, streamer=streamer)
-        else:
-            given = trained_model.base.generate(
-                IDS, max_new_tokens=12, heads=trained_model, token_streamer=streamer, **OURS
-            )
-        assert "".join(streamer) == tokenizer.decode(given[0, IDS.shape[1] :])
+    stock = {"heads": trained_model} | OURS
+    for generate, name, ours in (
+        (trained_model.generate, "streamer", {}),
+        (trained_model.base.generate, "streamer", stock),
+        (trained_model.base.generate, "token_streamer", stock),
+    ):
+        for skip_prompt in (True, False):
+            streamer = tf.TextIteratorStreamer(tokenizer, skip_prompt=skip_prompt, timeout=60)
+            given = generate(IDS, max_new_tokens=12, **{name: streamer}, **ours)
+            assert "".join(streamer) == tokenizer.decode(given[0, IDS.shape[1] * skip_prompt :])
+
+
+def test_a_stock_call_through_a_subclass_streams_too(trained_model):
+    """Classes of transformers override `generate`, so the frame that has the streamer is not always the nearest."""
+
+    class Wrapped(type(trained_model.base)):
+        def generate(self, *args, **kwargs):
+            return super().generate(*args, **kwargs)
+
+    streamer = tf.TextIteratorStreamer(make_tokenizer(), skip_prompt=True, timeout=60)
+    base, trained_model.base.__class__ = trained_model.base.__class__, Wrapped
+    try:
+        trained_model.base.generate(IDS, max_new_tokens=12, heads=trained_model, streamer=streamer, **OURS)
+    finally:
+        trained_model.base.__class__ = base
+    assert len("".join(streamer)) == 12
 
 
 class Failing(tf.generation.streamers.BaseStreamer):
@@ -133,8 +250,9 @@ def test_seeds_give_the_same_text_with_heads_and_without(trained_model):
     ids = IDS.expand(3, -1)
     with_heads = trained_model.generate(ids, seed=5, **asked)
     assert torch.equal(with_heads, trained_model.generate(ids, seed=5, heads=1, **asked))
-    assert len(set(map(tuple, with_heads.tolist()))) > 1
-    assert torch.equal(with_heads[1:2], trained_model.generate(IDS, seed=6, **asked))
+    assert torch.equal(with_heads[:1], trained_model.generate(IDS, seed=5, **asked))
+    warm = [trained_model.generate(ids, seed=seed, do_sample=True, temperature=3.0) for seed in (5, 6, 7)]
+    assert len({tuple(text) for texts in warm for text in texts.tolist()}) == 9
     torch.manual_seed(3)
     first = trained_model.generate(IDS, **asked)
     torch.manual_seed(3)
@@ -145,8 +263,8 @@ def test_seeds_give_the_same_text_with_heads_and_without(trained_model):
     assert torch.equal(trained_model.generate(IDS, **asked), trained_model.generate(IDS, **asked))
 
 
-@pytest.mark.parametrize("heads", [None, 1])
-def test_a_turn_on_the_cache_of_the_last_gives_the_text_from_scratch(trained_model, prompts, heads, monkeypatch):
+@pytest.mark.parametrize("heads, name", [(None, "cache"), (1, "past_key_values"), (None, "past_key_values")])
+def test_a_turn_on_the_cache_of_the_last_gives_the_text_from_scratch(trained_model, prompts, heads, name, monkeypatch):
     turns = [prompts[2] + prompts[3], prompts[4]]
     given = padded(turns, "left")
     kept = None
@@ -160,9 +278,10 @@ def test_a_turn_on_the_cache_of_the_last_gives_the_text_from_scratch(trained_mod
     monkeypatch.setattr(type(trained_model.trunk), "run", counting)
     for turn in range(3):
         out = trained_model.generate(
-            **given, max_new_tokens=9, pad_token_id=0, heads=heads, return_dict_in_generate=True, past_key_values=kept
-        )
-        kept = out.past_key_values
+            **given, max_new_tokens=9, pad_token_id=0, heads=heads, return_dict_in_generate=True,
+            **{name: kept},
+        )  # fmt: skip
+        kept = out[CACHE_NAME]
         for row, text in enumerate(turns):
             assert out.sequences[row, -9:].tolist() == greedy_reference(trained_model.base, text, 9)
         if turn:  # of a turn only what is new is read, and what heads must see again
@@ -193,15 +312,15 @@ def test_turns_go_on_from_what_was_kept_on_every_family(family, sampling):
 
 def test_foreign_caches_are_not_trusted(trained_model, caplog):
     cache = DynamicCache()
-    theirs = trained_model.base(IDS[:, :6], past_key_values=cache, use_cache=True)
-    assert theirs.past_key_values.get_seq_length() == 6
+    theirs = trained_model.base(IDS[:, :6], **{CACHE_NAME: cache}, use_cache=True)
+    assert theirs[CACHE_NAME].get_seq_length() == 6
     with caplog.at_level(logging.WARNING):
-        given = trained_model.generate(IDS, max_new_tokens=8, past_key_values=cache)
+        given = trained_model.generate(IDS, max_new_tokens=8, cache=cache)
     assert given[0, 12:].tolist() == greedy_reference(trained_model.base, IDS[0].tolist(), 8)
-    assert "read anew" in caplog.text
+    assert "reading the texts again" in caplog.text
     out = trained_model.generate(IDS, max_new_tokens=2, return_dict_in_generate=True)
     with pytest.raises(GenerateError, match="nextn's"):
-        trained_model.base(IDS, past_key_values=out.past_key_values, use_cache=True)
+        trained_model.base(IDS, **{CACHE_NAME: out[CACHE_NAME]}, use_cache=True)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -219,6 +338,9 @@ WRONG = {
     "attentions": ({"output_attentions": True, "return_dict_in_generate": True}, "attentions"),
     "states": ({"output_hidden_states": True, "return_dict_in_generate": True}, "hidden states"),
     "less than the whole": ({"attention_mask": torch.ones(1, 20, dtype=torch.long)}, "whole text"),
+    "assistant": ({"assistant_model": object()}, "assistant_model is given"),
+    "unused": ({"labels": IDS}, "leave labels out"),
+    "positions": ({"position_ids": torch.arange(5, 17)[None]}, "position_ids out"),
     "rows": ({"prefix_allowed_tokens_fn": lambda row, ids: [5]}, "one by one"),
 }  # fmt: skip
 

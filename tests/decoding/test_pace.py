@@ -19,6 +19,7 @@ from nextn.decoding.pace import (
     Tally,
     largest,
 )
+from nextn.store import Store
 
 CHEAP = Profile({0: 1.0, 1: 1.15, 2: 1.2, 3: 1.25})
 DEAR = Profile({0: 1.0, 1: 2.1, 2: 3.0, 3: 3.9})
@@ -312,9 +313,10 @@ def test_a_profile_is_measured_once_and_kept(trained_model, prompts, monkeypatch
     assert set(profile.step) == {0, 1, 2, 3} and profile.tree is None
     assert all(seconds > 0 for seconds in [*profile.step.values(), profile.drawn])
     (kept,) = (tmp_path / "profiles").iterdir()
-    assert Profile.read(kept) == profile == building.measure(engine, 3)
-    kept.write_text("{")
-    assert Profile.read(kept) is None
+    store, key = Store(kept.parent, ".json"), kept.name.split(".")[0]
+    assert Profile.read(store, key) == profile == building.measure(engine, 3)
+    store.put(key, b"{")
+    assert Profile.read(store, key) is None
     for index, prompt in enumerate(prompts):
         assert found[index].tokens == greedy_reference(trained_model.base, prompt, 20)
     assert sum(engine.steps.values()) > 0

@@ -15,7 +15,7 @@ from nextn.decoding import choosing
 from nextn.decoding.engine import Engine
 from nextn.decoding.pace import Profile
 from nextn.decoding.rows import Generation, Row
-from nextn.decoding.sampling import Sampling, SamplingError, gumbel, keys, uniform
+from nextn.decoding.sampling import Sampling, SamplingError, gumbel, keys, prompt_seeds, uniform
 from nextn.decoding.tree import Tree
 from nextn.decoding.verify import Draw, accept_greedy
 
@@ -263,11 +263,52 @@ def test_rows_may_be_sampled_each_in_its_own_way(one_kind, prompts):
         assert texts(one_kind.engine(stop_tokens=[]), [prompt], 20, [sampling]) == [text]
 
 
-def test_one_sampling_for_all_gives_each_prompt_a_seed(one_kind):
+def test_prompts_of_one_call_share_no_text_with_those_of_neighbouring_seeds(one_kind):
     engine = one_kind.engine(rows=4, stop_tokens=[])
-    first = texts(engine, [PROMPT] * 4, 20, Sampling(temperature=2.0, seed=7))
-    assert len({tuple(text) for text in first}) > 1
-    assert texts(engine, [PROMPT], 20, Sampling(temperature=2.0, seed=9)) == [first[2]]
+    by_seed = [texts(engine, [PROMPT] * 4, 20, Sampling(temperature=2.0, seed=seed)) for seed in range(7, 12)]
+    assert len({tuple(text) for found in by_seed for text in found}) == 5 * 4
+    assert texts(one_kind.engine(heads=1, stop_tokens=[]), [PROMPT] * 4, 20, Sampling(2.0, seed=7)) == by_seed[0]
+    assert texts(engine, [PROMPT], 20, Sampling(temperature=2.0, seed=7)) == by_seed[0][:1]
+
+
+def test_seeds_of_prompts_are_those_of_no_other_call():
+    seeds = {seed for first in range(-50, 50) for seed in prompt_seeds(first, 50)}
+    assert len(seeds) == 100 * 50 and all(0 <= seed < 2**62 for seed in seeds)
+    assert prompt_seeds(5, 3) == prompt_seeds(5, 8)[:3] and prompt_seeds(5, 0) == []
+
+
+@pytest.mark.parametrize("each_its_own", [False, True])
+def test_without_a_seed_every_call_draws_another_one(one_kind, each_its_own):
+    engine, sampling = one_kind.engine(rows=2, stop_tokens=[]), Sampling(temperature=2.0)
+    asked = [sampling, sampling] if each_its_own else sampling
+    torch.manual_seed(1)
+    first, second = (texts(engine, [PROMPT] * 2, 20, asked) for _ in range(2))
+    assert len(set(map(tuple, first + second))) == 4
+    torch.manual_seed(1)
+    assert texts(engine, [PROMPT] * 2, 20, asked) == first
+
+
+def test_greedy_decoding_leaves_pytorchs_generator_alone(one_kind):
+    before = torch.get_rng_state()
+    texts(one_kind.engine(stop_tokens=[]), [PROMPT], 5, [Sampling(repetition_penalty=1.2)])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), torch.tensor(3), 3])
+def test_a_seed_may_be_any_integer(seed):
+    assert Sampling(seed=seed) == Sampling(seed=3) and type(Sampling(seed=seed).seed) is int
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"seed": 1.5}, {"seed": "3"}, {"seed": [1]}, {"top_k": 2.5}, {"top_k": None}, {"temperature": "warm"},
+     {"temperature": None}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"min_p": "0"},
+     {"repetition_penalty": float("inf")}],
+)  # fmt: skip
+def test_values_of_the_wrong_kind_are_refused_in_a_sentence(wrong):
+    (name,) = wrong
+    with pytest.raises(SamplingError, match=f"^{name} is .*must be"):
+        Sampling(**wrong)
 
 
 def test_a_processor_that_remembers_sees_each_token_once(one_kind, caplog):

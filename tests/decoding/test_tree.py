@@ -45,7 +45,7 @@ def test_ranks_beyond_what_heads_can_name_are_no_drafts(kind, prompts):
     config = nextn.MultiTokenConfig(n=4, output={"kind": "trimmed", "size": 4}, **MORE_KINDS[kind])
     model = nextn.attach(make_host("llama"), config)
     tree = Tree(((0,), (5,), (5, 0), (5, 0, 0), (0, 9)))
-    for sampling in (Sampling(), Sampling(temperature=1.0, repetition_penalty=1.2)):
+    for sampling in (Sampling(), Sampling(temperature=1.0, repetition_penalty=1.2, seed=0)):
         plain = dict(model.engine(heads=1, stop_tokens=[]).generate(prompts, 9, sampling=sampling))
         found = dict(model.engine(rows=2, stop_tokens=[], tree=tree).generate(prompts, 9, sampling=sampling))
         assert [found[i].tokens for i in range(len(prompts))] == [plain[i].tokens for i in range(len(prompts))]

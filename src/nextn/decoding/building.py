@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from nextn.config import cache_directory
@@ -23,6 +24,8 @@ from nextn.decoding.rows import DecodingError, Generation, Row
 from nextn.decoding.sampling import GREEDY, Sampling
 from nextn.decoding.tree import Chances
 from nextn.decoding.verify import Draw, Score, Verify, judged
+from nextn.digest import shapes_of, structure_of
+from nextn.store import Store
 
 if TYPE_CHECKING:
     from nextn.decoding.engine import Engine
@@ -163,8 +166,8 @@ def measure(engine: Engine, rows: int) -> Profile:
         rows: how many there are.
     """
     widths = engine.code.depths if engine.code else range(engine.n)
-    path = cache_directory() / "profiles" / f"{_profile_name(engine, rows)}.json"
-    if (known := Profile.read(path)) is not None and set(known.step) == set(widths):
+    profiles, name = Store(cache_directory() / "profiles", ".json"), _profile_name(engine, rows)
+    if (known := Profile.read(profiles, name)) is not None and set(known.step) == set(widths):
         return known
     engine.keep_scores = False  # whatever was asked before: to keep them takes longer
     example(engine, 0, rows=rows)
@@ -208,20 +211,16 @@ def measure(engine: Engine, rows: int) -> Profile:
     plain = statistics.median(each[0] for each in turns)
     step = {choice: plain * statistics.median(each[choice] / each[0] for each in turns) for choice in choices}
     profile = Profile(step, step.pop(TREE, None), step.pop(DRAWN, None))
-    profile.write(path)
+    profile.write(profiles, name)
     return profile
 
 
 def _profile_name(engine: Engine, rows: int) -> str:
-    heads = engine.drafter.heads if isinstance(engine.drafter, HeadDrafter) else None
-    of_heads = heads and (
-        [(tuple(part.shape), part.dtype) for part in heads.state_dict().values()],
-        [(type(part).__name__, {name: value for name, value in vars(part).items() if isinstance(value, int | str)})
-         for part in heads.modules()],
-    )  # fmt: skip
-    code = engine.code and (engine.code.depths, bool(engine.code.score))
+    """A digest of all that decides how long a step takes; of the weights that is their shapes alone."""
+    modules = [engine.trunk.model, *([engine.drafter.heads] if isinstance(engine.drafter, HeadDrafter) else [])]
+    code = engine.code and (engine.code.depths, engine.code.padding, bool(engine.code.score))
     parts = (
-        METHOD, engine.trunk.settings(), engine.trunk.dtype, rows, of_heads, engine.tree, code, torch.__version__,
-        machine_name(engine.trunk.device),
+        METHOD, engine.trunk.settings(), [(structure_of(module), shapes_of(module)) for module in modules], rows,
+        engine.tree, code, torch.__version__, transformers.__version__, machine_name(engine.trunk.device),
     )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

@@ -12,14 +12,11 @@ hold a copy for each number of drafts. PyTorch keeps the kernels on disk, and a 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import shutil
-import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -33,8 +30,12 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import nextn.config
+from nextn.digest import code_of, structure_of, weights_of
+from nextn.lock import LockedError
+from nextn.store import Store
 from nextn.trunk import BLOCK
 
+LARGE = 10**9  # bytes of a package whose check may take two seconds
 Progress = Callable[[str], AbstractContextManager[Any]]
 
 # Inductor's own products for a few rows want constant weights, hence freezing. Measuring them against the library's
@@ -72,17 +73,10 @@ def compiled(module: nn.Module, inputs: tuple[Any, ...], progress: Progress = on
     if inputs[0].device.type == "cuda":
         with progress(f"compiling {name} (a minute or two)"):
             return Graphed(_in_memory(module, inputs))
-    path = package_directory() / f"{name}-{key(module, inputs)}.pt2"
-    if not path.is_file():
-        require_compiler()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with progress(f"compiling {name} (a minute or two; kept for the next time)"):
-                _package(module, inputs, path)
-        except OSError as error:
-            raise CompileError(f"{path.parent} cannot be written ({_first_line(error)})") from None
-    package = _loaded.get(str(path)) or _load(path)
-    _loaded[str(path)] = package
+    name = f"{name}-{key(module, inputs)}"
+    package = _loaded.get(name)
+    if package is None:
+        package = _loaded[name] = _load(_package_file(module, inputs, name, progress))
     return _flat(package)
 
 
@@ -92,6 +86,27 @@ _loaded: WeakValueDictionary[str, Any] = WeakValueDictionary()  # a package is a
 def package_directory() -> Path:
     """Where compiled packages are kept."""
     return nextn.config.cache_directory() / "compiled"
+
+
+def _package_file(module: nn.Module, inputs: tuple[Any, ...], name: str, progress: Progress) -> Path:
+    """The intact package of a name, compiled where there is none.
+
+    Raises:
+        CompileError: without a compiler, or where the directory of packages cannot be used.
+    """
+    packages, kind = Store(package_directory(), ".pt2"), type(module).__name__.lower()
+    try:
+        with progress(f"checking {kind}") if packages.size(name) > LARGE else nullcontext():
+            path = packages.get(name)
+        if path is not None:
+            return path
+        require_compiler()
+        with progress(f"compiling {kind} (a minute or two; kept for the next time)"):
+            return packages.make(name, lambda path: _package(module, inputs, path))
+    except OSError as error:
+        raise CompileError(f"{package_directory()} cannot be used ({_first_line(error)})") from None
+    except LockedError as error:
+        raise CompileError(_first_line(error)) from None
 
 
 def _in_memory(module: nn.Module, inputs: tuple[Any, ...]) -> Callable[..., Any]:
@@ -108,13 +123,11 @@ def _in_memory(module: nn.Module, inputs: tuple[Any, ...]) -> Callable[..., Any]
 
 
 def _package(module: nn.Module, inputs: tuple[Any, ...], path: Path) -> None:
-    """Export, compile, and put the package in its place in one move."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        made = Path(scratch) / "made.pt2"
-        with _one_error(module), torch.no_grad(), _quiet_autotuning(), torch._inductor.utils.fresh_cache(dir=scratch):
-            program = _exported(module, inputs)
-            torch._inductor.aoti_compile_and_package(program, package_path=str(made), inductor_configs=_CPU)
-        made.rename(path)
+    """Export and compile to a path; what else the compiler writes goes to the same directory."""
+    scratch = torch._inductor.utils.fresh_cache(dir=str(path.parent))
+    with _one_error(module), torch.no_grad(), _quiet_autotuning(), scratch:
+        program = _exported(module, inputs)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=_CPU)
 
 
 @contextmanager
@@ -143,10 +156,7 @@ def _load(path: Path) -> Any:
     try:
         return torch._inductor.aoti_load_package(str(path))
     except RuntimeError as error:
-        if zipfile.is_zipfile(path):
-            raise CompileError(f"{path} cannot be loaded: {_first_line(error)}") from None
-        path.unlink(missing_ok=True)
-        raise CompileError(f"{path} was damaged and is removed; try again") from None
+        raise CompileError(f"{path} cannot be loaded: {_first_line(error)}") from None
 
 
 def _flat(package: Any) -> Callable[..., Any]:
@@ -162,40 +172,22 @@ def _flat(package: Any) -> Callable[..., Any]:
 
 
 def key(module: nn.Module, inputs: tuple[Any, ...]) -> str:
-    """A digest of all that the compiled code depends on: code, config, weights, shapes, versions, machine."""
-    digest = hashlib.sha256()
-    house = Path(nextn.config.__file__).parent
-    decoding = [f"decoding/{name}.py" for name in ("compiled", "verify", "drafting", "sampling", "tree")]
-    for part in ("trunk.py", "output.py", "heads/*.py", *decoding):
-        for path in sorted(house.glob(part)):
-            digest.update(path.read_bytes())
+    """A digest of all that the compiled code depends on: code, settings, weights, shapes, versions, machine."""
     trunk: Any = getattr(module, "trunk", None)
-    digest.update(f"{torch.__version__} {transformers.__version__} {machine_name(inputs[0].device)}".encode())
-    digest.update(trunk.settings().encode() if trunk else b"")
-    for name, part in module.named_modules():
-        digest.update(f"{name} {type(part).__name__} {_plain_attributes(part)}".encode())
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        stored: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        digest.update(stored)
     fixed, buffers = _parts(inputs)
-    shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in fixed]
-    layers = [(*pair[0].shape[:2], pair[0].shape[3], pair[1].shape[3], pair[0].dtype) for pair in buffers or []]
-    digest.update(f"{shapes} {layers}".encode())
-    return digest.hexdigest()[:24]
-
-
-def _plain_attributes(module: nn.Module) -> str:
-    """What a module holds beside tensors and modules, as far as JSON can say it."""
-    plain = {}
-    for name, value in vars(module).items():
-        if name == "name_or_path":  # the same weights elsewhere are the same weights
-            continue
-        try:
-            plain[name] = json.dumps(value, sort_keys=True)
-        except (TypeError, ValueError):
-            continue
-    return str(sorted(plain.items()))
+    parts = (
+        torch.__version__,
+        transformers.__version__,
+        torch.get_float32_matmul_precision(),
+        machine_name(inputs[0].device),
+        code_of([__name__]),
+        trunk.settings() if trunk else "",
+        structure_of(module),
+        weights_of(module),
+        [(tuple(tensor.shape), tensor.dtype) for tensor in fixed],
+        [(*pair[0].shape[:2], pair[0].shape[3], pair[1].shape[3], pair[0].dtype) for pair in buffers or []],
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
 def machine_name(device: torch.device) -> str:
@@ -213,19 +205,15 @@ def machine_name(device: torch.device) -> str:
 def recall(name: str) -> int | None:
     """A number that was measured on this machine before, if it was."""
     try:
-        return int((package_directory() / name).read_text())
+        return int(Store(package_directory()).read(name) or b"")
     except (OSError, ValueError):
         return None
 
 
 def remember(name: str, value: int) -> None:
     """Keep a measured number for the next process, where the directory can be written."""
-    partial = package_directory() / f"{name}.{os.getpid()}"
-    try:
-        partial.write_text(str(value))
-        partial.replace(package_directory() / name)
-    except OSError:
-        return
+    with suppress(OSError, LockedError):
+        Store(package_directory()).put(name, str(value).encode())
 
 
 def require_compiler() -> None:

@@ -129,6 +129,8 @@ class HeadDrafter:
         self.trunk_cache = RaggedCache(layers=0, rows=0, capacity=0)
 
     def begin(self, cache: RaggedCache, keep: bool = False) -> None:
+        self.heads.follow_vocabulary(self.trunk)
+        self.heads.output.refresh(self.trunk)
         # Entries of drafts stand past the text, those of a tree one behind the other.
         rows, room = cache.rows, cache.capacity + self.heads.n
         same_place, self.trunk_cache = self.trunk_cache is cache, cache

@@ -11,6 +11,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from numbers import Integral
 from typing import Any
 
@@ -26,13 +27,15 @@ from nextn.decoding.compiled import CompileError, Progress, on_stderr
 from nextn.decoding.drafting import Asked, Drafter, HeadDrafter
 from nextn.decoding.pace import FIRST_LOOK, TREE, Pace, Profile, Tally
 from nextn.decoding.rows import DecodingError, Generation, OnTokens, Row, Run, Stop
-from nextn.decoding.sampling import GREEDY, Sampling
+from nextn.decoding.sampling import GREEDY, Sampling, prompt_seeds
 from nextn.decoding.tree import Tree
-from nextn.trunk import Trunk, is_out_of_memory
+from nextn.support import check_host
+from nextn.trunk import Trunk, fingerprint, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 CHUNK = 1024  # how many tokens of a prompt one forward reads
+LONGEST = 2**40  # no text is as long as that
 
 
 class PromptError(ValueError):
@@ -80,6 +83,7 @@ class Engine(Batch):
         for name, value in (("rows", rows), ("chunk", chunk)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
+        check_host(trunk)
         super().__init__(trunk, None if depth == 0 else drafter, rows, tree, keep, chunk)
         self.depth = _checked(depth, tree, self.n)
         self.stop_tokens = frozenset(stop_tokens)
@@ -90,6 +94,7 @@ class Engine(Batch):
         self.pace = self._new_pace()
         self.steps: Counter[int] = Counter()
         self._eager = self.verify, self.score
+        self._code_made_by = self._kept_made_by = ""  # fingerprints of the weights that made the code and kept texts
         self._cancelled: set[int] = set()
         self._in_step = False
         self._plain_ahead = 0  # so many steps from here on read no drafts
@@ -101,7 +106,8 @@ class Engine(Batch):
     def compile(self, progress: Progress = on_stderr, sampling: bool = False) -> Engine:
         """Have the step run as machine code from now on, always for `rows` rows.
 
-        The weights must not change afterwards. A plain step of few rows is the faster one of a bare and a padded one.
+        Where weights or active adapters change afterwards, decoding goes on eagerly, with a warning. A plain step of
+        few rows is the faster one of a bare and a padded one.
 
         Args:
             progress: shown while something is compiled, which takes minutes once a machine; a function from a message
@@ -121,14 +127,40 @@ class Engine(Batch):
             logger.warning("The engine runs eagerly: %s", error)
         return self
 
-    def use(self, code: Code) -> Engine:
-        """Run the step as machine code that an engine like this one was compiled to."""
+    def use(self, code: Code, made_by: str | None = None) -> Engine:
+        """Run the step as machine code that an engine like this one was compiled to.
+
+        Args:
+            made_by: the fingerprint of the weights that it was compiled from; default: today's.
+        """
+        self._code_made_by = self.fingerprint() if made_by is None else made_by
         self.code, self.padding, self.draw = code, code.padding, code.draw
         self.paces = {}  # what steps took so far is of no use
         self.verify, self.score = _by_width(code.verify, self._eager[0]), _by_width(code.score, self._eager[1])
         if isinstance(self.drafter, HeadDrafter):
             self.drafter.compiled, self.drafter.compiled_noisy = code.drafts, code.noisy_drafts
         return self
+
+    def fingerprint(self) -> str:
+        """Of the weights that decode; see `nextn.trunk.fingerprint`."""
+        heads = self.drafter.heads if isinstance(self.drafter, HeadDrafter) else None
+        return self.trunk.fingerprint() + ("" if heads is None else fingerprint(heads))
+
+    def _discard_stale_state(self) -> bool:
+        """Discard code that was compiled from other weights; whether kept texts may be used."""
+        if not (self.code or self.keep):
+            return False
+        made_by = self.fingerprint()
+        if self.code and self._code_made_by != made_by:
+            logger.warning("The weights changed since the step was compiled; falling back to eager: compile it again.")
+            self.code, self.padding, self.draw, self.paces = None, 0, None, {}
+            self.verify, self.score = self._eager
+            if isinstance(self.drafter, HeadDrafter):
+                self.drafter.compiled, self.drafter.compiled_noisy = {}, {}
+        before, self._kept_made_by = self._kept_made_by, made_by
+        if self.keep and before and before != made_by:
+            logger.warning("The weights changed since the kept texts were read; reading them again.")
+        return self.keep and before == made_by
 
     # --- generating -------------------------------------------------------------------------------------------
 
@@ -151,13 +183,14 @@ class Engine(Batch):
             max_new_tokens: the longest continuation, or one for each prompt; a text also ends where the trunk's context
                 does.
             on_tokens: called with (index, tokens, origins) whenever a row emits.
-            sampling: how tokens are chosen, for all prompts (prompt i then has seed + i) or one for each.
+            sampling: how tokens are chosen: one for all prompts, whose seeds are then derived from its seed, or one for
+                each prompt, with the seeds that they have.
             stop: called with (index, the text so far) after every token; true ends the text with that token.
             keep_scores: keep what each token was chosen by.
             progress: where to show a bar of the prompts done.
 
         Raises:
-            PromptError: for an empty prompt or one that fills the context, or a length that is no length.
+            PromptError: for an empty prompt or one that is longer than texts can become, or a length that is no length.
             SamplingError: for sampling that cannot be.
         """
         steps = self.stepwise(prompts, max_new_tokens, on_tokens, sampling, stop, keep_scores)
@@ -196,7 +229,6 @@ class Engine(Batch):
         prompts, count = [_token_ids(prompt) for prompt in prompts], len(prompts)
         limits = [int(max_new_tokens)] * count if isinstance(max_new_tokens, int | Integral) else list(max_new_tokens)
         several = [sampling] * count if isinstance(sampling, Sampling) else list(sampling)
-        seeds = [each.seed + place * isinstance(sampling, Sampling) for place, each in enumerate(several)]
         if len(limits) != count or len(several) != count:
             raise PromptError(
                 f"There are {count} prompts: give one max_new_tokens and one sampling, or {count} of each."
@@ -210,18 +242,35 @@ class Engine(Batch):
             )
         if self.tree is not None and any(each.rejects for each in several):
             raise PromptError("A tree of drafts is verified by coupled sampling: leave the tree or rejection out.")
+        seeds = _seeds(sampling, count)
         return [
             Row(
                 index=index,
                 result=Generation(list(prompt)),
-                limit=min(limit, self.trunk.max_length - len(prompt)),
+                limit=self._room_for(prompt, limit),
                 sampling=each.for_one_text() if count > 1 else each,
-                seed=seed % 2**62,
+                seed=seed,
                 stop_tokens=self.stop_tokens,
                 tally=Tally.empty(self.n - 1),
             )
             for index, (prompt, limit, each, seed) in enumerate(zip(prompts, limits, several, seeds, strict=True))
         ]
+
+    def _room_for(self, prompt: Sequence[int], limit: int) -> int:
+        """How many tokens may follow a prompt, where so many are asked for."""
+        most = self.trunk.hard_limit
+        if most is None or len(prompt) + limit <= most:
+            return limit
+        warn_once(f"Texts of this model end at {most} tokens (longrope), whatever length is asked for.")
+        return most - len(prompt)
+
+    def _warn_past_context(self) -> None:
+        context = self.trunk.max_length
+        if any(row is not None and row.length > context for row in self.slots):
+            warn_once(
+                f"A text has become longer than the model's context of {context} tokens: it goes on, as in "
+                "transformers, but may get worse."
+            )
 
     def _warn_of(self, several: Iterable[Sampling]) -> None:
         stateful = sorted({name for each in several for name in each.stateful})
@@ -238,13 +287,14 @@ class Engine(Batch):
             raise DecodingError(
                 "A function that this engine called began another generate; take another engine for it."
             )
+        may_go_on = self._discard_stale_state()
         # What is compiled has a fixed number of rows; otherwise a free row would cost for nothing.
         count = self.rows if self.code or self.keep else max(1, min(self.rows, len(rows)))
         self.pace = self.paces.setdefault(count, self._new_pace())
         if self.depth == "auto" and self.drafter and self.pace.profile is None and rows:
             self._measure(count)
         waiting = deque(row for row in rows if row.limit)
-        self.begin(rows, count, goes_on=self.keep)
+        self.begin(rows, count, goes_on=may_go_on)
         turn = self.turn
         self.steps, self._plain_ahead, self._asked_for = Counter(), 0, ()
         self.keep_scores = keep_scores
@@ -259,6 +309,7 @@ class Engine(Batch):
                 raise DecodingError("This engine began something else; what was left of this generate is lost.")
             if not self._cancelled:  # by whoever was told of these
                 self._admit_or_step(waiting)
+                self._warn_past_context()
             finished = [*self._drop_cancelled(waiting), *self._leaving()]
             left -= len(finished)
             yield [(row.index, row.result) for row in finished]
@@ -269,7 +320,7 @@ class Engine(Batch):
             if waiting and not all(self.slots):
                 with self.clock("prefill"):
                     self.admit(waiting)
-            elif any(self.slots):
+            elif any(self.slots) and self.make_room():
                 self._step(bool(waiting))
         finally:
             self._in_step = False
@@ -375,17 +426,30 @@ class Engine(Batch):
         return (TREE if self.tree is not None else int(self.depth)), self.is_behind
 
     def _check(self, prompt: Sequence[int], limit: int) -> None:
-        if limit < 0:
-            raise PromptError(f"max_new_tokens is {limit}; it must be at least 0.")
+        if not 0 <= limit < LONGEST:
+            raise PromptError(f"max_new_tokens is {limit}; it must be at least 0 and below {LONGEST:,}.")
         if not prompt:
             raise PromptError("The prompt is empty: give at least one token.")
-        if len(prompt) >= self.trunk.max_length:
+        if (most := self.trunk.hard_limit) is not None and len(prompt) >= most:
             raise PromptError(
-                f"The prompt has {len(prompt)} tokens; the model's context is {self.trunk.max_length}, which leaves no "
-                "room for an answer. Shorten the prompt."
+                f"The prompt has {len(prompt)} tokens; the model's texts have {most} at most, which leaves no room for "
+                "an answer. Shorten the prompt."
             )
         if not 0 <= min(prompt) <= max(prompt) < self.trunk.vocab_size:
             raise PromptError(f"The prompt has token ids outside of the model's vocabulary of {self.trunk.vocab_size}.")
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Say something the first time that it is said in this process."""
+    logger.warning(message)
+
+
+def _seeds(sampling: Sampling | Sequence[Sampling], count: int) -> list[int]:
+    """The seed of each prompt; greedy decoding draws none, so that it leaves PyTorch's generator alone."""
+    if isinstance(sampling, Sampling):
+        return prompt_seeds(sampling.seed if sampling.by_chance else 0, count)
+    return [prompt_seeds(each.seed if each.by_chance else 0, 1)[0] for each in sampling]
 
 
 def _token_ids(prompt: Any) -> list[int]:

@@ -7,26 +7,35 @@ prepares for its own loops (logits processors, stopping criteria, the generation
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import fields, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import Cache
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 
 from nextn.decoding.engine import Engine, Generation, PromptError
-from nextn.decoding.sampling import Method, Sampling
+from nextn.decoding.generation_config import GenerateError, refuse
+from nextn.decoding.sampling import Method, Sampling, prompt_seeds
 from nextn.decoding.tree import Tree
 
 logger = logging.getLogger(__name__)
 
+# What `generate` of this version of transformers calls the cache that it takes and returns: `cache` from 5.24 on.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAME = next(name for name in CACHE_NAMES if name in {field.name for field in fields(GenerateDecoderOnlyOutput)})
+
 # What transformers counts from the beginning of a padded row, by the attribute that holds the count.
 _COUNTED = {
+    "MinLengthLogitsProcessor": "min_length",
     "MinNewTokensLengthLogitsProcessor": "prompt_length_to_skip",
     "ForcedEOSTokenLogitsProcessor": "max_length",
     "ExponentialDecayLengthPenalty": "regulation_start",
@@ -34,9 +43,10 @@ _COUNTED = {
     "RepetitionPenaltyLogitsProcessor": "prompt_ignore_length",
 }
 
-
-class GenerateError(ValueError):
-    """A call of generate that cannot be answered; the message says why."""
+# Stopping criteria of transformers that look at each row by itself.
+_OF_EACH_ROW = {"StopStringCriteria", "MaxTimeCriteria"}
+# What transformers' `generate` prepares for its own loops, and what is the engine's own business here.
+_MODEL_ARGUMENTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHE_NAMES}
 
 
 class WithHeads(Protocol):
@@ -57,9 +67,10 @@ class WithHeads(Protocol):
 
 
 class KeptTexts(Cache):
-    """What an engine has read, for the next turn: hand it on as `past_key_values`, with the whole text as input_ids.
+    """What an engine has read, for the next turn: pass it to `generate` as `cache`, with the whole text as input_ids.
 
-    What the next texts have in common with these is not read again; nothing is taken for granted.
+    Before transformers 5.24 that argument is called `past_key_values`, which newer versions still accept. What the next
+    texts have in common with these is not read again; nothing is taken for granted.
     """
 
     def __init__(self, engine: Engine, made_by: Any) -> None:
@@ -93,18 +104,20 @@ def custom_generate(
 
     Args:
         input_ids: prompts [B, T], padded on either side where the attention mask is 0.
+        generation_config: see `generation_config.FIELDS` for what is honoured and what is refused.
         heads: a `MultiTokenModel` whose base this model is.
         plain: without drafts.
-        seed: of the first prompt, where tokens are sampled; the next prompts' are one more each. Default: drawn from
-            PyTorch's own generator.
+        seed: of the first prompt, where tokens are sampled; those of the others are derived from it, see
+            `prompt_seeds`. Default: drawn from PyTorch's own generator.
         sampling_method: see `Sampling`.
-        token_streamer: a transformers streamer (batch 1). transformers keeps one that is called `streamer` from us.
+        token_streamer: a transformers streamer (batch 1), another name for `streamer`.
         depth, tree: see `Engine`.
         compile: see `MultiTokenModel.generate`.
 
     Returns:
         sequences [B, T + new], shorter ones filled with the padding token; or with `return_dict_in_generate` a
-        `GenerateDecoderOnlyOutput`, whose `past_key_values` are for the next turn. Scores after a row's end are 0.
+        `GenerateDecoderOnlyOutput`, whose `cache` (before transformers 5.24: `past_key_values`) is for the next turn.
+        Scores after a row's end are 0.
 
     Raises:
         GenerateError: for what this way of decoding cannot give: beams, attentions, hidden states.
@@ -115,52 +128,134 @@ def custom_generate(
             "custom_generate needs heads that are attached to this very model: pass heads=nextn.attach(model, ...), or "
             "nextn.load of a directory and generate with its base."
         )
+    called_with = _arguments_of_generate()
+    streamer = called_with.get("streamer") if token_streamer is None else token_streamer
     ends = [each.max_length for each in stopping_criteria if type(each).__name__ == "MaxLengthCriteria"]
-    begun, mask = input_ids.shape[1], model_kwargs.get("attention_mask")
-    new = min([generation_config.max_length, *ends]) - begun
-    _refuse(generation_config, input_ids, mask, token_streamer, new)
+    new = min([generation_config.max_length, *ends]) - input_ids.shape[1]
+    refuse(generation_config)
+    _refuse_arguments(called_with)
+    _refuse(generation_config, input_ids, model_kwargs, streamer, new)
+    mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
     prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
-    padding = [begun - len(prompt) for prompt in prompts]
-    stop_tokens, criteria = _stops(stopping_criteria, input_ids.device)
+    padding = [input_ids.shape[1] - len(prompt) for prompt in prompts]
+    stop_tokens, stop, batch_criteria = _stops(stopping_criteria, input_ids, padding)
     keep_scores = bool(
         generation_config.return_dict_in_generate
         and (generation_config.output_scores or generation_config.output_logits)
     )
     keep = bool(generation_config.return_dict_in_generate and generation_config.use_cache)
-    texts = _texts(model_kwargs.get("past_key_values"), heads, len(prompts), keep, plain, depth, tree)
+    past = next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
+    texts = _texts(past, heads, len(prompts), keep, plain, depth, tree)
     engine = texts.engine
     if compile:
         chance = bool(logits_processor) or keep_scores or _samples(generation_config)
         heads.compiled(engine, 1 if plain else None, chance)
     engine.stop_tokens = frozenset(stop_tokens)
-    if token_streamer is not None:
+    pad = _padding_token(generation_config, stop_tokens)
+    judge = BatchCriteria(batch_criteria, input_ids, pad) if batch_criteria else None
+    if token_streamer is not None:  # transformers has shown the prompt to a `streamer` of its own
         token_streamer.put(input_ids.cpu())
-    results = dict(
-        engine.generate(
-            prompts,
-            max_new_tokens=new,
-            on_tokens=_streaming(token_streamer),
-            sampling=_samplings(generation_config, logits_processor, seed, sampling_method, padding),
-            stop=criteria,
-            keep_scores=keep_scores,
-        )
+    steps = engine.stepwise(
+        prompts,
+        max_new_tokens=new,
+        on_tokens=_streaming(streamer) if judge is None else judge.add,
+        sampling=_samplings(generation_config, logits_processor, seed, sampling_method, padding),
+        stop=stop,
+        keep_scores=keep_scores,
     )
+    results = _results(steps, engine, judge)
     found = [results[index] for index in range(len(prompts))]
     if (error := next((each.error for each in found if each.error is not None), None)) is not None:
         raise error
-    if token_streamer is not None:
-        token_streamer.end()
-    return _output(found, input_ids, generation_config, min(stop_tokens, default=0), texts)
+    if streamer is not None:
+        streamer.end()
+    return _output(found, input_ids, generation_config, pad, texts)
+
+
+def _arguments_of_generate() -> dict[str, Any]:
+    """The arguments of the `generate` that called us: transformers keeps some of them from custom functions.
+
+    A `streamer` would stay silent and an `assistant_model` unused, so they are read where `generate` has them.
+    """
+    code = inspect.unwrap(GenerationMixin.generate).__code__
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back  # type: ignore[assignment]
+    return {} if frame is None else dict(frame.f_locals)
+
+
+def _results(
+    steps: Iterator[list[tuple[int, Generation]]], engine: Engine, judge: BatchCriteria | None
+) -> dict[int, Generation]:
+    """All texts, cut where criteria that look at the whole batch end them."""
+    results: dict[int, Generation] = {}
+    with closing(steps):  # type: ignore[type-var]
+        for finished in steps:
+            results.update(finished)
+            if judge is not None:
+                for row in judge.ended(results):
+                    engine.cancel(row)
+    if judge is not None:
+        for row, result in results.items():
+            judge.cut(row, result)
+    return results
+
+
+class BatchCriteria:
+    """Stopping criteria that look at all rows of a batch, asked as transformers asks them: once for each column.
+
+    Rows with drafts are at different lengths, so a column is judged when every row that still runs has a token for it.
+    A row that was ahead is cut where a criterion ended it.
+
+    Args:
+        criteria: stopping criteria of transformers, those of end tokens and length left out.
+        input_ids: the prompts with their padding [B, T].
+        pad: follows the end of a row.
+    """
+
+    def __init__(self, criteria: Sequence[Any], input_ids: Tensor, pad: int) -> None:
+        self._criteria, self._ids, self._pad = StoppingCriteriaList(criteria), input_ids, pad
+        self._tokens: list[list[int]] = [[] for _ in input_ids]
+        self._ends: dict[int, int] = {}  # how many tokens a row has that has ended
+        self._judged = 0  # columns
+
+    def add(self, row: int, tokens: list[int], _origins: list[int]) -> None:
+        """Take note of the next tokens of a row."""
+        self._tokens[row] += tokens
+
+    def ended(self, finished: dict[int, Generation]) -> list[int]:
+        """Judge the columns that are whole; the rows that criteria have ended.
+
+        Args:
+            finished: the rows that have ended by themselves.
+        """
+        ended: list[int] = []
+        for row, result in finished.items():
+            self._ends.setdefault(row, len(result.tokens))
+        while running := [row for row in range(len(self._tokens)) if self._ends.get(row, sys.maxsize) > self._judged]:
+            if any(len(self._tokens[row]) == self._judged for row in running):
+                break
+            column = [self._tokens[row][self._judged] if row in running else self._pad for row in range(len(self._ids))]
+            self._ids = torch.cat([self._ids, torch.tensor(column, device=self._ids.device)[:, None]], dim=1)
+            self._judged += 1
+            stops = self._criteria(self._ids, None)
+            ended += (now := [row for row in running if stops[row]])
+            self._ends |= dict.fromkeys(now, self._judged)
+        return ended
+
+    def cut(self, row: int, result: Generation) -> None:
+        """Take back the tokens after a row's end."""
+        for values in (result.tokens, result.origins, result.scores, result.logits):
+            del values[self._ends[row] :]
 
 
 def _output(
-    found: Sequence[Generation], input_ids: Tensor, config: GenerationConfig, otherwise: int, texts: KeptTexts
+    found: Sequence[Generation], input_ids: Tensor, config: GenerationConfig, pad: int, texts: KeptTexts
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    """What transformers' users expect; `otherwise` fills up short rows where there is no padding token."""
-    pad = getattr(config, "_pad_token_tensor", None)
+    """What transformers' users expect."""
     tokens = [torch.tensor(each.tokens, device=input_ids.device) for each in found]
-    filled = pad_sequence(tokens, batch_first=True, padding_value=otherwise if pad is None else int(pad))
+    filled = pad_sequence(tokens, batch_first=True, padding_value=pad)
     sequences = torch.cat([input_ids, filled], dim=1)
     if not config.return_dict_in_generate:
         return sequences
@@ -168,42 +263,72 @@ def _output(
         sequences=sequences,  # type: ignore[arg-type]
         scores=_by_step(found, "scores") if config.output_scores else None,  # type: ignore[arg-type]
         logits=_by_step(found, "logits") if config.output_logits else None,  # type: ignore[arg-type]
-        past_key_values=texts if config.use_cache else None,
+        **{CACHE_NAME: texts if config.use_cache else None},  # type: ignore[arg-type]
     )
 
 
-def _refuse(config: GenerationConfig, input_ids: Tensor, mask: Tensor | None, streamer: Any, new: int) -> None:
+def _padding_token(config: GenerationConfig, stop_tokens: set[int]) -> int:
+    """What follows the end of a row; an end token where there is no padding token."""
+    pad = getattr(config, "_pad_token_tensor", None)
+    return min(stop_tokens, default=0) if pad is None else int(pad)
+
+
+def _refuse_arguments(called_with: dict[str, Any]) -> None:
+    """Refuse arguments of `generate` that transformers drops in front of a custom function."""
+    for name, why in (
+        ("assistant_model", "nextn's heads make the drafts"),
+        ("synced_gpus", "each process decodes by itself"),
+    ):
+        if called_with.get(name):
+            raise GenerateError(f"{name} is given, but {why}: leave {name} out.")
+    negative = called_with.get("negative_prompt_ids")
+    if negative is not None and len(negative) > 1:
+        raise GenerateError("negative_prompt_ids are given for several prompts: generate prompts one by one.")
+
+
+def _refuse(config: GenerationConfig, input_ids: Tensor, given: dict[str, Any], streamer: Any, new: int) -> None:
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
     whole = input_ids.shape[1] if mask is None else mask.shape[1]
+    unused = sorted(name for name, value in given.items() if name not in _MODEL_ARGUMENTS and not _is_empty(value))
     for wrong, why in (
-        ((config.num_beams or 1) > 1, "nextn decodes one text a row, not beams: leave num_beams out."),
-        (getattr(config, "dola_layers", None), "nextn does not contrast layers: leave dola_layers out."),
         (new < 1, f"There is room for {new} new tokens; max_new_tokens must be at least 1, or max_length larger."),
-        (config.output_attentions, "nextn does not collect attentions: leave output_attentions out."),
-        (config.output_hidden_states, "nextn does not collect hidden states: leave output_hidden_states out."),
         (input_ids.shape[1] == 0, "nextn needs token ids: give input_ids, not inputs_embeds."),
         (
             max(whole, getattr(config, "_mask_length", None) or 0) != input_ids.shape[1],
             "With a cache of an earlier turn, give the whole text as input_ids; what was read is not read again.",
         ),
         (streamer is not None and len(input_ids) > 1, "A streamer follows one prompt only; generate them one by one."),
+        (unused, f"nextn decodes from token ids alone: leave {', '.join(unused)} out."),
     ):
         if wrong:
             raise GenerateError(why)
+    if positions is not None and not _are_usual(positions, mask, input_ids):
+        raise GenerateError("nextn counts the positions of each row from its first token: leave position_ids out.")
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and not value)  # as of a multimodal model without images
+
+
+def _are_usual(positions: Tensor, mask: Tensor | None, input_ids: Tensor) -> bool:
+    """Whether positions [B, T] are those that the engine gives the tokens: 0, 1, … from a row's first token on."""
+    used = torch.ones_like(input_ids) if mask is None else mask
+    usual = used.cumsum(dim=-1) - 1
+    return positions.shape[-1] == input_ids.shape[1] and bool(((positions == usual) | (used == 0)).all())
 
 
 def _texts(
     past: Any, heads: WithHeads, rows: int, keep: bool, plain: bool, depth: int | str | None, tree: Tree | None
 ) -> KeptTexts:
     """A new engine, or that of an earlier turn with what it has read, if it would be made the same way today."""
-    made_by = (id(heads), plain, depth, tree, heads.fingerprint())
+    weights = heads.fingerprint() if keep or isinstance(past, KeptTexts) else ""
+    made_by = (id(heads), plain, depth, tree, weights)
     if isinstance(past, KeptTexts):
         if past.engine.rows == rows and past.made_by == made_by:
             return past
-        logger.warning("The cache is of other weights, settings or rows: the texts are read anew.")
+        logger.warning("The cache was made with other weights, settings or rows; reading the texts again.")
     elif past is not None and past.get_seq_length() > 0:
-        logger.warning(
-            "The cache is not nextn's, so the texts are read anew; pass on what generate returns as past_key_values."
-        )
+        logger.warning("The cache is not nextn's; reading the texts again. Pass the cache that generate returns.")
     drafting: dict[str, Any] = {} if plain else {"depth": depth, "tree": tree}
     return KeptTexts(heads.engine(rows, 1 if plain else None, keep=keep, **drafting), made_by)
 
@@ -216,22 +341,22 @@ def _samplings(
     config: GenerationConfig, processors: Sequence[Any], seed: int | None, method: Method, padding: Sequence[int]
 ) -> list[Sampling]:
     """How each prompt's tokens are chosen; `processors` hold the temperature and its kin."""
-    if seed is None:
-        seed = int(torch.randint(2**60, (1,))) if _samples(config) else 0
-    common = Sampling(float(_samples(config)), processors=tuple(processors), method=method)
-    by_padding = {
-        pads: replace(common, processors=tuple(_moved(each, pads, config) for each in processors))
-        for pads in set(padding)
-    }
-    return [replace(by_padding[pads], seed=seed + place) for place, pads in enumerate(padding)]
+    common = Sampling(float(_samples(config)), seed=seed, processors=tuple(processors), method=method)
+    seeds = prompt_seeds(common.seed if common.by_chance else 0, len(padding))
+    by_padding = {pads: replace(common, processors=_without_padding(processors, pads)) for pads in set(padding)}
+    return [replace(by_padding[pads], seed=own) for own, pads in zip(seeds, padding, strict=True)]
 
 
-def _moved(processor: Any, pads: int, config: GenerationConfig) -> Any:
+def _without_padding(processors: Sequence[Any], pads: int) -> tuple[Any, ...]:
+    """Processors that do with a row without its padding what transformers' do with the padded row."""
+    # One that forces the second token of a text acts on prompts of one token, and a padded row has more.
+    acting = [each for each in processors if not pads or type(each).__name__ != "ForcedBOSTokenLogitsProcessor"]
+    return tuple(_moved(each, pads) for each in acting)
+
+
+def _moved(processor: Any, pads: int) -> Any:
     """A processor that counts from the beginning of a padded row, for the row without its padding."""
-    kind = type(processor).__name__
-    name = _COUNTED.get(kind)
-    if kind == "MinLengthLogitsProcessor" and config.min_new_tokens is not None:
-        name = "min_length"
+    name = _COUNTED.get(type(processor).__name__)
     counted = None if name is None else getattr(processor, name, None)
     if name is None or counted is None or (not pads and not isinstance(counted, Tensor)):
         return processor
@@ -241,21 +366,29 @@ def _moved(processor: Any, pads: int, config: GenerationConfig) -> Any:
     return own
 
 
-def _stops(criteria: Sequence[Any], device: torch.device) -> tuple[set[int], Callable[[int, list[int]], bool] | None]:
-    """The end tokens among stopping criteria, and a function that asks the others but for the length."""
+def _stops(
+    criteria: Sequence[Any], input_ids: Tensor, padding: Sequence[int]
+) -> tuple[set[int], Callable[[int, list[int]], bool] | None, list[Any]]:
+    """The end tokens among stopping criteria, a function that asks those that judge one row at a time, and the others.
+
+    The length is left out. With one prompt all criteria judge one row; they are given it with its padding [1, T + new].
+    """
     ends: set[int] = set()
-    others: list[Any] = []
+    by_row: list[Any] = []
+    by_batch: list[Any] = []
     for each in criteria:
-        if type(each).__name__ == "EosTokenCriteria":
+        name = type(each).__name__
+        if name == "EosTokenCriteria":
             ends |= set(each.eos_token_id.flatten().tolist())
-        elif type(each).__name__ != "MaxLengthCriteria":
-            others.append(each)
+        elif name != "MaxLengthCriteria":
+            (by_row if len(input_ids) == 1 or name in _OF_EACH_ROW else by_batch).append(each)
 
-    def stop(_index: int, text: list[int]) -> bool:
-        ids = torch.tensor([text], device=device)
-        return any(bool(torch.as_tensor(each(ids, None)).any()) for each in others)
+    def stop(index: int, text: list[int]) -> bool:
+        new = text[input_ids.shape[1] - padding[index] :]
+        ids = torch.cat([input_ids[index], torch.tensor(new, device=input_ids.device)])[None]
+        return any(bool(torch.as_tensor(each(ids, None)).any()) for each in by_row)
 
-    return ends, stop if others else None
+    return ends, stop if by_row else None, by_batch
 
 
 def _streaming(streamer: Any) -> Callable[[int, list[int], list[int]], None] | None:

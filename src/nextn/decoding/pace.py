@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
-from pathlib import Path
+
+from nextn.lock import LockedError
+from nextn.store import Store
 
 PRIOR, PRIOR_WEIGHT = 0.7, 4.0  # what is thought of a draft's acceptance before any was seen, and in how many tries
 # How many tries of its own a text needs to count as much as what the others saw. Shares of the first draft differ by
@@ -60,10 +62,10 @@ class Profile:
     drawn: float | None = None
 
     @classmethod
-    def read(cls, path: Path) -> Profile | None:
-        """A profile that was kept, None where there is none."""
+    def read(cls, store: Store, key: str) -> Profile | None:
+        """The profile that is stored for a key; None where there is none."""
         try:
-            kept = json.loads(path.read_text())
+            kept = json.loads(store.read(key) or b"")
             step = {int(drafts): float(seconds) for drafts, seconds in kept["step"].items()}
             found = cls(step, kept["tree"], kept["drawn"])
             times = [*step.values(), *(seconds for seconds in (found.tree, found.drawn) if seconds is not None)]
@@ -71,15 +73,10 @@ class Profile:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def write(self, path: Path) -> None:
-        """Keep it for the next process, where the directory can be written."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.{os.getpid()}")
-            partial.write_text(json.dumps(vars(self)))
-            partial.replace(path)
-        except OSError:
-            return
+    def write(self, store: Store, key: str) -> None:
+        """Store it for the next process, where the directory can be written."""
+        with suppress(OSError, LockedError):
+            store.put(key, json.dumps(vars(self)).encode())
 
 
 TREE = -1  # in place of a number of drafts

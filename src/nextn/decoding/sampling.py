@@ -9,9 +9,12 @@ target so).
 from __future__ import annotations
 
 import copy
+import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -58,7 +61,8 @@ class Sampling:
 
     temperature: 0 takes the best token.
     top_k, top_p, min_p, repetition_penalty: as in transformers; 0, 1, 0 and 1 leave them out.
-    seed: of the text. With several prompts and one `Sampling`, prompt i has seed + i.
+    seed: an integer, or None (default) for one that each call draws from PyTorch's generator. With several prompts and
+        one `Sampling`, the first prompt has this seed and the others have seeds derived from it, see `prompt_seeds`.
     processors: logits processors of transformers, in order. Each is called with the exact text before a token, for
         every token of a draft. One that remembers what it saw must see each token once: there is no drafting then. An
         own class that remembers nothing says so with an attribute `stateless = True`.
@@ -76,7 +80,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    seed: int = 0
+    seed: int | None = None
     processors: tuple[Any, ...] = ()
     method: Method = "coupled"
     sampled_drafts: bool = True
@@ -84,6 +88,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "processors", tuple(self.processors))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not math.isfinite(value):
+                raise SamplingError(f"{name} is {value!r}; it must be a finite number.")
+        object.__setattr__(self, "top_k", _integer("top_k", self.top_k))
+        if self.seed is not None:
+            object.__setattr__(self, "seed", _integer("seed", self.seed, otherwise=", or None to draw one"))
         checks = {
             "temperature must be 0 (greedy) or more": self.temperature >= 0,
             "top_k must be 0 (off) or more": self.top_k >= 0,
@@ -187,6 +198,14 @@ class Sampling:
         return scores
 
 
+def _integer(name: str, value: Any, otherwise: str = "") -> int:
+    """Any kind of integer, NumPy's and PyTorch's too, as an int."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise SamplingError(f"{name} is {value!r}; it must be an integer{otherwise}.") from None
+
+
 GREEDY = Sampling()
 
 
@@ -215,6 +234,20 @@ def _own_copy(processor: Any) -> Any:
 # --- random numbers -----------------------------------------------------------------------------------------------
 
 
+def prompt_seeds(seed: int | None, count: int) -> list[int]:
+    """The seeds of the prompts of one call, in [0, 2^62).
+
+    The first prompt has the seed itself, so that it gets the same text alone and in a batch. The others have hashes of
+    the seed and of their place, so that calls with neighbouring seeds have no text in common.
+
+    Args:
+        seed: of the call; None draws one from PyTorch's generator.
+    """
+    first = int(torch.randint(_SEEDS, (1,))) if seed is None else seed % _SEEDS
+    derived = _mix64(_mix64(torch.tensor(first)) + _GOLDEN * torch.arange(count)) % _SEEDS
+    return [first, *derived[1:].tolist()][:count]
+
+
 def keys(seeds: Tensor, positions: Tensor, purpose: int = TOKEN) -> Tensor:
     """A 64-bit key for each seed [B] and position [B, W] -> [B, W], int64; another one for each purpose."""
     return _mix64(_mix64(seeds[:, None]) + _GOLDEN * (4 * positions + purpose + 1))
@@ -239,6 +272,7 @@ def gumbel(key: Tensor, token_ids: Tensor) -> Tensor:
     return -torch.log(-torch.log1p(-share.clamp(max=1 - 2.0**-24)))
 
 
+_SEEDS = 2**62  # seeds are below this
 _GOLDEN = -7046029254386353131  # 2^64 over the golden ratio, as a signed number
 
 

@@ -5,6 +5,7 @@ Who comes to a slot goes on from what it holds of the same text.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +24,8 @@ from nextn.decoding.rows import DecodingError, Held, Row, Run
 from nextn.decoding.tree import Tree
 from nextn.trunk import RaggedCache, Trunk, is_out_of_memory
 
+logger = logging.getLogger(__name__)
+
 
 class Slots:
     """Rows of texts, each in its slot.
@@ -33,6 +36,7 @@ class Slots:
         lengths: how many tokens of each row the cache holds [B].
         draw: what `Draw` was compiled to; None where it was not.
         turn: another object whenever a batch began.
+        room: how many positions a row has in the caches of trunk and drafter alike.
         seconds: time spent in `prefill`, `verify` (the trunk's forward and what stands of the drafts) and `draft`.
     """
 
@@ -46,7 +50,7 @@ class Slots:
         self.draw: DrawOne | None = None
         self.seconds: dict[str, float] = defaultdict(float)
         self.slots: list[Row | None] = []
-        self.cache, self._held = RaggedCache(layers=0, rows=0, capacity=0), list[Held]()
+        self.cache, self._held, self.room = RaggedCache(layers=0, rows=0, capacity=0), list[Held](), 0
         self._made_for: tuple[int, torch.dtype, torch.device, bool] | None = None
         self.keep_scores = False
 
@@ -72,10 +76,11 @@ class Slots:
             goes_on = alike = fits(partial(self._grow, room)) is not None
         if not (goes_on and alike):
             if not alike or room > self.cache.capacity or not self.cache.is_filled:
-                self.cache = RaggedCache(len(self.trunk.layers), count, room)
+                self.cache = RaggedCache(self.trunk.cache_layers, count, room)
             self._held = [Held() for _ in range(count)]  # by slot
             if self.drafter:
                 self.drafter.begin(self.cache)
+            self.room = self.cache.capacity
         for slot in (slot for slot, row in enumerate(interrupted) if alike and row is not None):
             self._clear(slot)
 
@@ -92,6 +97,7 @@ class Slots:
             self.cache.grow(room)
         if self.drafter:
             self.drafter.begin(self.cache, keep=True)
+        self.room = self.cache.capacity
         return True
 
     def leave(self, slot: int, row: Row) -> None:
@@ -145,16 +151,40 @@ class Slots:
             texts = [row for row in (*waiting, *self.slots) if row is not None and not row.result.finish]
             if not texts:
                 return True
-            longest = self._room(texts)
-            why = f"There is not enough memory for {len(self.slots)} rows of {longest} tokens: take fewer or shorter."
-            for row in texts:
-                if self._room([row]) == longest:
-                    row.fail(DecodingError(why))
+            self._fail_the_longest(texts)
             rest = [row for row in texts if not row.result.finish]
-            self.cache, ended = RaggedCache(len(self.trunk.layers), len(self.slots), self._room(rest)), True
+            self.cache, ended = RaggedCache(self.trunk.cache_layers, len(self.slots), self._room(rest)), True
             if self.drafter:
                 self.drafter.begin(self.cache)
+            self.room = self.cache.capacity
         return ended
+
+    def make_room(self) -> bool:
+        """Grow the caches where the next step would not fit; False where texts end instead, for want of memory.
+
+        Caches are made for the model's context, since a text may end far from its length limit; one that goes on past
+        the context doubles them.
+        """
+        active = [row for row in self.slots if row is not None]
+        needed = max(map(self._needed_now, active))
+        if needed <= self.room:
+            return True
+        whole = max(map(self._whole_room, active))
+        rooms = [room for room in (min(2 * self.room, whole), needed) if room >= needed]
+        if any(fits(partial(self._grow, room)) for room in rooms):
+            return True
+        logger.warning("There is no memory for texts of more than %s tokens: they end.", self.room)
+        for row in active:
+            if self._needed_now(row) > self.room:
+                row.result.finish = "length"
+        return False
+
+    def _fail_the_longest(self, texts: Sequence[Row]) -> None:
+        longest = self._room(texts)
+        why = f"There is not enough memory for {len(self.slots)} rows of {longest} tokens: take fewer or shorter."
+        for row in texts:
+            if self._room([row]) == longest:
+                row.fail(DecodingError(why))
 
     def _fill(self) -> bool:
         """Have the cache make its buffers, by a token that is written where nobody reads."""
@@ -163,11 +193,24 @@ class Slots:
         self.trunk.run(token, token - 1, visible, self.cache, self.tap)
         return True
 
+    @property
+    def _ahead(self) -> int:
+        """How many positions a step needs behind the newest token; those of a tree lie one behind the other."""
+        return self.n if self.tree is None else max(self.tree.nodes, self.tree.beam * self.n)
+
+    def _needed_now(self, row: Row) -> int:
+        """How many positions the next step of a text needs."""
+        return min(row.length + self._ahead, self._whole_room(row))
+
+    def _whole_room(self, row: Row) -> int:
+        """How many positions a text needs that becomes as long as it may."""
+        return len(row.result.prompt) + row.limit + (0 if self.tree is None else self._ahead)
+
     def _room(self, rows: Sequence[Row]) -> int:
-        """How many positions the longest of some texts needs."""
-        room = max((len(row.result.prompt) + row.limit for row in rows), default=0)
-        # A tree lies behind the text, whatever its nodes' places in it.
-        return room if self.tree is None else room + max(self.tree.nodes, self.tree.beam * self.n)
+        """How many positions caches are made with for some texts, see `make_room`."""
+        context = self.trunk.max_length
+        first = (max(context, len(row.result.prompt)) + self._ahead for row in rows)
+        return max((min(self._whole_room(row), room) for row, room in zip(rows, first, strict=True)), default=0)
 
     def _read(self, slots: list[int], chunk: int) -> bool:
         """The trunk over what is new of some prompts, several ones in one part; emits the tokens after them."""

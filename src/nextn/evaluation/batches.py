@@ -73,7 +73,7 @@ def sweep(
     Raises:
         BenchError: where no prompt fits.
     """
-    model = load(settings.model, dtype=named_dtype(settings.dtype)).eval()
+    model = load(settings.model, dtype=named_dtype(settings.dtype), trust_remote_code=settings.trust_remote_code).eval()
     by_category = prompts_by_category(settings, console)
     found: dict[str, Any] = {
         "model": settings.model,
@@ -97,7 +97,7 @@ def sweep(
                 engine.compile(sampling=any(varied.temperatures))
         work = batches_of(by_category, batch, varied.groups)
         for temperature in varied.temperatures:
-            pairs = race(engines, work, replace(varied.method, temperature=temperature), settings, console)
+            pairs = race(engines, work, replace(varied.method, temperature=temperature, seed=0), settings, console)
             if "bandwidth" not in found["machine"]:
                 weights = step_cost(engines[0])["weight_bytes"]
                 found["machine"] |= measure_machine(named_dtype(settings.dtype), weights)

@@ -16,7 +16,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import AutoConfig
 
 from nextn.data import prompt_ids, read_prompts
 from nextn.decoding.engine import progress_bar
@@ -39,7 +38,15 @@ from nextn.evaluation.speed import (
     generations,
     race,
 )
-from nextn.formats.native import base_of, describe, heads_directory, load_base, load_tokenizer, named_dtype
+from nextn.formats.native import (
+    base_of,
+    describe,
+    heads_directory,
+    load_base,
+    load_config,
+    named_dtype,
+    tokenizer_of,
+)
 from nextn.trunk import Trunk, context_length
 
 
@@ -56,6 +63,7 @@ class Settings:
     vllm_python: an interpreter whose environment has vLLM.
     replay: a file of an earlier run, or a τ; see `read_trace`.
     eager: without compiling.
+    trust_remote_code: run the code that the base's repository brings.
     """
 
     model: str
@@ -68,6 +76,7 @@ class Settings:
     vllm_python: str | None = None
     replay: str | None = None
     eager: bool = False
+    trust_remote_code: bool = False
 
 
 def bench(settings: Settings, console: Console) -> dict[str, Any]:
@@ -77,7 +86,13 @@ def bench(settings: Settings, console: Console) -> dict[str, Any]:
         BenchError: where a contender cannot run; the message says which and why.
     """
     base = base_of(settings.model)
-    n = int(describe(heads_directory(settings.model))["multi_token"]["n"])
+    description = describe(heads_directory(settings.model))
+    if "adapters" in description:
+        raise BenchError(
+            f"{settings.model} has adapters, and other engines would open its base without them: save it with "
+            "merge_adapters=True first."
+        )
+    n = int(description["multi_token"]["n"])
     prompts = read(settings, base, console)
     trace = None if settings.replay is None else read_trace(settings.replay, n - 1)
     running = field_of(settings, base, prompts, console)
@@ -129,7 +144,7 @@ def check_texts(
     settings: Settings, base: str, timings: Timings, prompts: Sequence[Prompt], n: int
 ) -> tuple[float, Comparison]:
     """The near-tie bound on this machine, and how the texts compare."""
-    host = load_base(base, named_dtype(settings.dtype)).eval()
+    host = load_base(base, named_dtype(settings.dtype), settings.trust_remote_code).eval()
     some = generations(timings["nextn"][:4], prompts[:4])
     near_tie = near_tie_bound(Trunk(host), [one.prompt + one.tokens for one in some], n)
     return near_tie, compare_texts(float32_twin(host), timings, prompts, near_tie)
@@ -181,8 +196,8 @@ def read(settings: Settings, base: str, console: Console) -> list[Prompt]:
     for record in records:
         if not isinstance(category := record.get("category", "all prompts"), str) or category == "all":
             raise BenchError(f"The category {category!r} of a prompt is no text, or the name of the whole ('all').")
-    context = context_length(AutoConfig.from_pretrained(base).get_text_config())
-    tokenizer, room = load_tokenizer(base), context - settings.new_tokens
+    context = context_length(load_config(base, settings.trust_remote_code).get_text_config())
+    tokenizer, room = tokenizer_of(settings.model, settings.trust_remote_code), context - settings.new_tokens
     prompts = [
         Prompt(record.get("category", "all prompts"), record["prompt"], prompt_ids(tokenizer, record["prompt"]))
         for record in records[: settings.count]
@@ -202,8 +217,9 @@ def field_of(settings: Settings, base: str, prompts: Sequence[Prompt], console: 
         BenchError: for files without an engine to run them, or two of one name.
     """
     common = {"threads": torch.get_num_threads(), "endless": settings.replay is not None}
-    ours = common | {"kind": "nextn", "model": settings.model, "dtype": settings.dtype, "eager": settings.eager}
-    theirs = common | {"kind": "transformers", "model": base, "dtype": settings.dtype}
+    opened = common | {"dtype": settings.dtype, "trust_remote_code": settings.trust_remote_code}
+    ours = opened | {"kind": "nextn", "model": settings.model, "eager": settings.eager}
+    theirs = opened | {"kind": "transformers", "model": base}
     context = {"context": max(len(prompt.ids) for prompt in prompts) + settings.new_tokens}
     found = [
         Contender("nextn", ours | {"heads": None}),
@@ -211,7 +227,7 @@ def field_of(settings: Settings, base: str, prompts: Sequence[Prompt], console: 
         Contender("transformers", theirs | {"settings": {}}),
         Contender("transformers lookup", theirs | {"settings": {"prompt_lookup_num_tokens": 4}}),
     ]
-    if getattr(AutoConfig.from_pretrained(base), "num_mtp_layers", 0):
+    if getattr(load_config(base, settings.trust_remote_code), "num_mtp_layers", 0):
         # The config may name MTP layers that the checkpoint does not have.
         found.append(Contender("transformers mtp", theirs | {"settings": {"use_mtp": True}}, optional=True))
     if settings.gguf and not _installed("xllamacpp"):
@@ -222,7 +238,7 @@ def field_of(settings: Settings, base: str, prompts: Sequence[Prompt], console: 
         kind = path.stem.rsplit("-", 1)[-1]
         found.append(Contender(f"llama.cpp {kind}", common | context | {"kind": "llama.cpp", "gguf": str(path)}))
     if settings.vllm_python or _installed("vllm"):
-        there = common | context | {"kind": "vllm", "model": base, "dtype": settings.dtype}
+        there = opened | context | {"kind": "vllm", "model": base}
         found.append(Contender("vLLM", there, settings.vllm_python or sys.executable))
     names = [one.name for one in found]
     if twice := next((name for name in names if names.count(name) > 1), None):

@@ -32,7 +32,7 @@ from nextn.evaluation.costs import (
 )
 from nextn.evaluation.report import narrow_table
 from nextn.formats import FormatError, native
-from nextn.formats.bundled import find
+from nextn.formats.checks import read_json
 from nextn.model import MultiTokenModel
 from nextn.trunk import HostError, Trunk
 
@@ -61,6 +61,7 @@ class Budget:
     batch, context: rows of a step, and positions in each row's cache.
     bandwidth, rate: bytes and operations a second of the machine.
     width: bytes a weight.
+    trust_remote_code: run the code that the model's repository brings.
     """
 
     model: str
@@ -77,6 +78,7 @@ class Budget:
     bandwidth: float = 1e11
     rate: float = 1e13
     width: int = 2
+    trust_remote_code: bool = False
 
 
 @dataclass
@@ -135,7 +137,7 @@ def budget(asked: Budget, console: Console) -> dict[str, Any]:
     Raises:
         ConfigError, FormatError, HostError: for a config, an output or a host that cannot be used.
     """
-    base = on_meta(asked.model)
+    base = on_meta(asked.model, asked.trust_remote_code)
     trunk = Trunk(base)
     measured = _measured(asked.measured)
     ns = list(asked.n) or list(range(2, 9))
@@ -223,24 +225,23 @@ def shares_of(stated: str | None) -> list[float]:
     return shares
 
 
-def on_meta(model: str) -> PreTrainedModel:
+def on_meta(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal language model without weights, from a config file, a directory, a hub name, or the base of heads.
 
     Raises:
         FormatError: where there is no such config, or transformers cannot build it.
     """
-    try:
+    with native.opening(f"The config of {model}"):
         path = Path(model)
         if path.suffix == ".json":
-            config = AutoConfig.for_model(**json.loads(path.read_text()))
+            config = AutoConfig.for_model(**read_json(path))
         else:
-            name = native.base_of(model) if native.has_heads(native.heads_directory(model)) else find(model)
-            config = AutoConfig.from_pretrained(name)
+            name = native.base_of(model) if native.has_heads(model) else model
+            config = native.load_config(name, trust_remote_code)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config.get_text_config(), dtype=torch.bfloat16)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise FormatError(f"The config of {model} cannot be used: {reason}.") from None
+            return AutoModelForCausalLM.from_config(
+                config.get_text_config(), dtype=torch.bfloat16, trust_remote_code=trust_remote_code
+            )
 
 
 def _entry(asked: Budget, base: PreTrainedModel, kind: str, output: OutputConfig, n: int, measured: Measured) -> Entry:

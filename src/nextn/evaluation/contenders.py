@@ -27,7 +27,14 @@ Say = Callable[[dict[str, Any]], None]
 
 
 def nextn(
-    say: Say, model: str, dtype: str, heads: int | None, eager: bool, endless: bool, threads: int
+    say: Say,
+    model: str,
+    dtype: str,
+    heads: int | None,
+    eager: bool,
+    endless: bool,
+    threads: int,
+    trust_remote_code: bool,
 ) -> tuple[Answering, dict[str, Any]]:
     """Our engine, with all heads or (heads=1) plainly."""
     from itertools import cycle
@@ -39,7 +46,7 @@ def nextn(
     from nextn.formats.native import open_for_decoding
 
     torch.set_num_threads(threads)
-    engine, _ = open_for_decoding(model, heads, dtype)
+    engine, _ = open_for_decoding(model, heads, dtype, trust_remote_code=trust_remote_code)
     engine.stop_tokens = frozenset() if endless else engine.stop_tokens
     compiled_here = []
 
@@ -73,7 +80,13 @@ def nextn(
 
 
 def transformers(
-    say: Say, model: str, dtype: str, settings: dict[str, Any], endless: bool, threads: int
+    say: Say,
+    model: str,
+    dtype: str,
+    settings: dict[str, Any],
+    endless: bool,
+    threads: int,
+    trust_remote_code: bool,
 ) -> tuple[Answering, dict[str, Any]]:
     """`model.generate` of transformers; settings: its arguments, such as prompt_lookup_num_tokens or use_mtp."""
     import torch
@@ -81,7 +94,9 @@ def transformers(
 
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
-    host = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+    host = transformers.AutoModelForCausalLM.from_pretrained(
+        model, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code
+    ).eval()
 
     def answer(asked: Asked) -> Answer:
         ids, new = torch.tensor([asked["prompt"]]), asked["new_tokens"]
@@ -117,7 +132,7 @@ def llama_cpp(say: Say, gguf: str, context: int, endless: bool, threads: int) ->
 
 
 def vllm(
-    say: Say, model: str, dtype: str, context: int, endless: bool, threads: int
+    say: Say, model: str, dtype: str, context: int, endless: bool, threads: int, trust_remote_code: bool
 ) -> tuple[Answering, dict[str, Any]]:
     """vLLM on the CPU."""
     os.environ |= {
@@ -129,7 +144,15 @@ def vllm(
     }
     import vllm
 
-    engine = vllm.LLM(model=model, dtype=dtype, enforce_eager=True, max_model_len=context, enable_prefix_caching=False)
+    engine = vllm.LLM(
+        model=model,
+        dtype=dtype,
+        load_format="safetensors",
+        trust_remote_code=trust_remote_code,
+        enforce_eager=True,
+        max_model_len=context,
+        enable_prefix_caching=False,
+    )
 
     def answer(asked: Asked) -> Answer:
         sampling = vllm.SamplingParams(temperature=0, max_tokens=asked["new_tokens"], ignore_eos=endless)

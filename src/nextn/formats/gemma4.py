@@ -8,8 +8,6 @@ of tokens that were not scored with the smallest logit minus 1, which leaves the
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nextn.config import OutputConfig
+from nextn.files import replacing, write_json
 from nextn.formats import FormatError
+from nextn.formats.checks import check_directory, read_json
 from nextn.formats.native import read_tensors, writable
 from nextn.output import ClusteredOutput
 
@@ -71,24 +71,19 @@ def write_output(output: ClusteredOutput, directory: str | Path) -> None:
     tensors |= {theirs: ours[name].contiguous().cpu() for name, theirs in _NAMES.items()}
     tensors[_NAMES["token_ordering"]] = tensors[_NAMES["token_ordering"]].long()
     settings = _settings(directory) if (directory / "config.json").is_file() else {"model_type": "gemma4_assistant"}
-    save_file(tensors, temporary := directory / "model.safetensors.part", metadata={"format": "pt"})
-    os.replace(temporary, weights)
+    with replacing(weights) as part:
+        save_file(tensors, part, metadata={"format": "pt"})
     settings |= {
         "use_ordered_embeddings": True,
         "num_centroids": len(output.centroids.weight),
         "centroid_intermediate_top_k": output.top,
     }
-    (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(directory / "config.json", settings)
 
 
 def _settings(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    try:
-        settings = json.loads(path.read_text())
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror}.") from None
-    except ValueError:
-        settings = None
+    check_directory(directory)
+    settings = read_json(path := directory / "config.json")
     if not isinstance(settings, dict):
         raise FormatError(f"{path} is no JSON object; it is damaged.")
     return settings

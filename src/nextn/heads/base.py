@@ -172,6 +172,7 @@ class Heads(nn.Module, ABC):
     def __init__(self, config: MultiTokenConfig, trunk: Trunk) -> None:
         super().__init__()
         self.n = config.n
+        self.vocab_size = trunk.vocab_size
         self.tap: Tap = "post_norm" if config.tap is None else config.tap
         _check_tap(self.tap, trunk)
         layers = len(self.tap) if isinstance(self.tap, list) else 1
@@ -182,6 +183,16 @@ class Heads(nn.Module, ABC):
         # As transformers' decoder layers have them; `model.gradient_checkpointing_enable()` finds and sets them.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
+
+    def follow_vocabulary(self, trunk: Trunk) -> None:
+        """Notice that the trunk's embeddings were resized since the heads were made or last used.
+
+        Raises:
+            ConfigError: where the output has a table for the vocabulary that the trunk had before.
+        """
+        if trunk.vocab_size != self.vocab_size:
+            self.output.resize(trunk.vocab_size)
+            self.vocab_size = trunk.vocab_size
 
     @abstractmethod
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:

@@ -17,7 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from nextn.config import MultiTokenConfig
 from nextn.heads.base import Text
 from nextn.heads.sequential import RecurrentHeads
-from nextn.trunk import ATTENTION, ChainCache, HostError, RaggedCache, Trunk, VisibleFn
+from nextn.trunk import ATTENTION, ChainCache, HostError, RaggedCache, Trunk, VisibleFn, cache_argument
+
+CACHE = cache_argument(LlamaAttention)
 
 
 class MidLayer(nn.Module):
@@ -40,7 +42,10 @@ class MidLayer(nn.Module):
     ) -> Tensor:
         fused = torch.cat([self.input_layernorm(embedding), self.hidden_norm(state)], dim=-1)
         attended, _ = self.self_attn(
-            hidden_states=fused, position_embeddings=rotary, attention_mask=mask, past_key_values=cache
+            hidden_states=fused,
+            position_embeddings=rotary,
+            attention_mask=mask,
+            **{CACHE: cache},
         )
         state = state + attended
         return state + self.mlp(self.post_attention_layernorm(state))
