@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, trainer
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from nextn.config import ConfigError
@@ -149,6 +150,8 @@ class TrainerLink(TrainerCallback):
         for setting in ("use_vllm", "use_transformers_continuous_batching", "cast_lm_head_to_fp32"):
             if getattr(args, setting, False):
                 raise ConfigError(f"{setting} looks for parts that a model with heads has elsewhere: set it to False.")
+        if args.parallel_mode == ParallelMode.DISTRIBUTED and not (args.fsdp or args.ddp_find_unused_parameters):
+            raise ConfigError(f"{name} gives heads no gradient: set ddp_find_unused_parameters=True.")
         logger.warning(
             f"{name} trains the trunk alone; the heads stay as they are, and draft worse the more the trunk changes. "
             "Train them afterwards, with SFTTrainer or nextn.Trainer."
