@@ -21,8 +21,8 @@ from nextn.adapters import check_adapters, set_trained, unwrapped
 from nextn.config import ConfigError, MultiTokenConfig, ObjectiveConfig, ScheduleConfig
 from nextn.decoding.drafting import HeadDrafter
 from nextn.decoding.engine import Code, Engine
-from nextn.decoding.generate import CACHE_NAME, CACHE_NAMES, custom_generate
-from nextn.decoding.generation_config import refuse, setting
+from nextn.decoding.generate import CACHE_NAME, CACHE_NAMES, check_inputs, custom_generate
+from nextn.decoding.generation_config import GenerateError, refuse, setting
 from nextn.decoding.pace import Pace
 from nextn.decoding.sampling import Method
 from nextn.decoding.tree import Tree
@@ -30,6 +30,7 @@ from nextn.heads import build_heads
 from nextn.heads.base import Text
 from nextn.losses import IGNORE, Depth, depth_losses, targets_at
 from nextn.output import Output, SharedOutput
+from nextn.pretrained import BaseInterface
 from nextn.support import check_heads, check_host
 from nextn.teachers import Teacher, TopTokens, TrunkStates
 from nextn.trunk import RaggedCache, Trunk, fingerprint
@@ -62,7 +63,7 @@ class MultiTokenOutput(ModelOutput):
     accepted: Tensor | None = None
 
 
-class MultiTokenModel(PreTrainedModel):
+class MultiTokenModel(BaseInterface):
     """Trunk and heads. Made by `nextn.attach` and `nextn.load`.
 
     `model(input_ids, labels=...)` gives the loss of the design under any trainer; `model.generate(...)` decodes with
@@ -107,11 +108,9 @@ class MultiTokenModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         return True  # the base has chosen already; transformers asks each class anew
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.base.get_output_embeddings()
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which compile and measure anew: compiled code and measured times stay behind."""
+        return self.__dict__ | {"_code": {}, "_paces": {}}
 
     def train(self, mode: bool = True) -> MultiTokenModel:
         """Set training or evaluation mode. A frozen trunk stays in evaluation mode.
@@ -404,8 +403,14 @@ class MultiTokenModel(PreTrainedModel):
         """
         if heads not in (None, 1):
             raise ValueError(f"heads is {heads}; give 1 for the plain model, or None for all heads.")
-        if "inputs" in kwargs:
+        if "inputs" in kwargs and input_ids is None:
             input_ids = kwargs.pop("inputs")
+        if input_ids is not None:
+            check_inputs(input_ids, kwargs.get("attention_mask"))
+        if "custom_generate" in kwargs:
+            raise GenerateError("custom_generate is given, but nextn decodes itself: call generate of model.base.")
+        if not isinstance(generation_config, GenerationConfig | None):
+            raise GenerateError(f"generation_config is {generation_config!r}; give a GenerationConfig.")
         for name in CACHE_NAMES:
             if name in kwargs:
                 kwargs[CACHE_NAME] = kwargs.pop(name)

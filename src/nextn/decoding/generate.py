@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import fields, replace
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 
 from nextn.decoding.engine import Engine, Generation, PromptError
-from nextn.decoding.generation_config import GenerateError, refuse
+from nextn.decoding.generation_config import DRAFTS, GenerateError, refuse
 from nextn.decoding.sampling import Method, Sampling, prompt_seeds
 from nextn.decoding.tree import Tree
 
@@ -131,7 +132,7 @@ def custom_generate(
     called_with = _arguments_of_generate()
     streamer = called_with.get("streamer") if token_streamer is None else token_streamer
     ends = [each.max_length for each in stopping_criteria if type(each).__name__ == "MaxLengthCriteria"]
-    new = min([generation_config.max_length, *ends]) - input_ids.shape[1]
+    new = math.ceil(min([generation_config.max_length, *ends])) - input_ids.shape[1]
     refuse(generation_config)
     _refuse_arguments(called_with)
     _refuse(generation_config, input_ids, model_kwargs, streamer, new)
@@ -171,6 +172,37 @@ def custom_generate(
     if streamer is not None:
         streamer.end()
     return _output(found, input_ids, generation_config, pad, texts)
+
+
+def check_inputs(input_ids: Any, attention_mask: Any = None) -> None:
+    """Refuse what is not token ids [B, T] or their mask, on which transformers would fail deep inside.
+
+    Args:
+        attention_mask: of the same shape; None where there is none.
+
+    Raises:
+        GenerateError: says what to give instead.
+    """
+    texts = [input_ids] if isinstance(input_ids, str) else input_ids
+    if isinstance(texts, list | tuple) and any(isinstance(each, str) for each in texts):
+        raise GenerateError(
+            "generate takes token ids, not text: encode it first, inputs = tokenizer(text, return_tensors='pt'), and "
+            "call generate(**inputs)."
+        )
+    if isinstance(input_ids, Mapping):
+        raise GenerateError("The inputs are given as one mapping: pass its parts by name, generate(**inputs).")
+    if not isinstance(input_ids, Tensor):
+        raise GenerateError(f"input_ids is a {type(input_ids).__name__}; give a tensor of token ids [B, T].")
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool or input_ids.ndim != 2:
+        name = str(input_ids.dtype).removeprefix("torch.")
+        raise GenerateError(
+            f"input_ids has the shape {list(input_ids.shape)} and the dtype {name}; give token ids [B, T] as integers."
+        )
+    if attention_mask is None:
+        return
+    shape = getattr(attention_mask, "shape", ())  # one that is too wide belongs to a cache, see `_refuse`
+    if len(shape) != 2 or shape[0] != input_ids.shape[0] or shape[1] < input_ids.shape[1]:
+        raise GenerateError("attention_mask is no tensor of the shape of input_ids [B, T]: pass the tokenizer's own.")
 
 
 def _arguments_of_generate() -> dict[str, Any]:
@@ -276,7 +308,7 @@ def _padding_token(config: GenerationConfig, stop_tokens: set[int]) -> int:
 def _refuse_arguments(called_with: dict[str, Any]) -> None:
     """Refuse arguments of `generate` that transformers drops in front of a custom function."""
     for name, why in (
-        ("assistant_model", "nextn's heads make the drafts"),
+        ("assistant_model", DRAFTS),
         ("synced_gpus", "each process decodes by itself"),
     ):
         if called_with.get(name):
