@@ -105,15 +105,15 @@ class BaseInterface(PreTrainedModel, GenerationMixin):
     supports_tp_plan = supports_pp_plan = supports_context_parallel = False
 
     @property
-    def _hf_peft_config_loaded(self) -> bool:
+    def _hf_peft_config_loaded(self) -> bool:  # type: ignore[override]
         """Whether the base has adapters; transformers' methods ask for it."""
         return self.base._hf_peft_config_loaded
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
+    def to(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Move or cast trunk and heads. A quantized base refuses what it cannot do."""
         return self._convert("to", *args, **kwargs)
 
-    def cuda(self, *args: Any, **kwargs: Any) -> Any:
+    def cuda(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Move trunk and heads to a GPU."""
         return self._convert("cuda", *args, **kwargs)
 

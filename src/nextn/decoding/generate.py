@@ -200,7 +200,7 @@ def check_inputs(input_ids: Any, attention_mask: Any = None) -> None:
         )
     if attention_mask is None:
         return
-    shape = getattr(attention_mask, "shape", ())  # one that is too wide belongs to a cache, see `_refuse`
+    shape: Sequence[int] = getattr(attention_mask, "shape", ())  # too wide: see `_refuse`
     if len(shape) != 2 or shape[0] != input_ids.shape[0] or shape[1] < input_ids.shape[1]:
         raise GenerateError("attention_mask is no tensor of the shape of input_ids [B, T]: pass the tokenizer's own.")
 
