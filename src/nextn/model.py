@@ -372,6 +372,7 @@ class MultiTokenModel(BaseInterface):
         seed: int | None = None,
         sampling_method: Method = "coupled",
         compile: bool = False,
+        logprobs: int | None = None,
         **kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """The text of the base model, drafted by the heads: transformers' `generate`, only faster.
@@ -392,11 +393,14 @@ class MultiTokenModel(BaseInterface):
             compile: run the step as machine code. It is compiled once a machine for each batch size, which takes
                 minutes, and loaded in seconds after that. When weights or active adapters have changed it is compiled
                 anew.
+            logprobs: with `return_dict_in_generate`, log-probabilities of the tokens, and of so many of the most
+                probable ones, see `Sampling`.
 
         Returns:
             input_ids and the new tokens [B, T + new], shorter rows filled with the padding token; or what
-            `return_dict_in_generate` asks for. Its `cache` (`past_key_values` before transformers 5.24), given to the
-            next turn together with the whole text, spares reading again what was read; either name is accepted.
+            `return_dict_in_generate` asks for, with `spec_decoding_stats` and `logprobs` (`MultiTokenGenerateOutput`).
+            Its `cache` (`past_key_values` before transformers 5.24), given to the next turn together with the whole
+            text, spares reading again what was read; either name is accepted.
 
         Raises:
             GenerateError, PromptError, SamplingError: for what cannot be; the message says why.
@@ -426,7 +430,7 @@ class MultiTokenModel(BaseInterface):
             kwargs["stop_strings"] = None
         ours = {
             "heads": self, "plain": heads == 1, "seed": seed, "sampling_method": sampling_method, "depth": depth,
-            "tree": tree, "compile": compile, "token_streamer": streamer,
+            "tree": tree, "compile": compile, "token_streamer": streamer, "logprobs": logprobs,
         }  # fmt: skip
         # transformers passes on what the function names, and keeps a `streamer` for itself.
         generate: Any = self.base.generate

@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +26,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 from nextn.decoding.engine import Engine, Generation, PromptError
 from nextn.decoding.generation_config import DRAFTS, GenerateError, refuse
 from nextn.decoding.sampling import Method, Sampling, prompt_seeds
+from nextn.decoding.stats import Logprob, SpecDecodingStats
 from nextn.decoding.tree import Tree
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,19 @@ class WithHeads(Protocol):
         """See `MultiTokenModel.compiled`."""
 
 
+@dataclass
+class MultiTokenGenerateOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with `return_dict_in_generate`, beside what transformers has in it.
+
+    spec_decoding_stats: by row, how many tokens were drafted and accepted.
+    logprobs: by row and new token, its log-probability and those of the most probable tokens, by token id; None where
+        `logprobs` was not given.
+    """
+
+    spec_decoding_stats: list[SpecDecodingStats] | None = None
+    logprobs: list[list[dict[int, Logprob]]] | None = None
+
+
 class KeptTexts(Cache):
     """What an engine has read, for the next turn: pass it to `generate` as `cache`, with the whole text as input_ids.
 
@@ -99,6 +113,7 @@ def custom_generate(
     depth: int | str | None = "auto",
     tree: Tree | None = None,
     compile: bool = False,
+    logprobs: int | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """What `model.generate(custom_generate=nextn.custom_generate, heads=...)` calls.
@@ -114,10 +129,11 @@ def custom_generate(
         token_streamer: a transformers streamer (batch 1), another name for `streamer`.
         depth, tree: see `Engine`.
         compile: see `MultiTokenModel.generate`.
+        logprobs: with `return_dict_in_generate`, log-probabilities of the tokens, see `Sampling`.
 
     Returns:
         sequences [B, T + new], shorter ones filled with the padding token; or with `return_dict_in_generate` a
-        `GenerateDecoderOnlyOutput`, whose `cache` (before transformers 5.24: `past_key_values`) is for the next turn.
+        `MultiTokenGenerateOutput`, whose `cache` (before transformers 5.24: `past_key_values`) is for the next turn.
         Scores after a row's end are 0.
 
     Raises:
@@ -141,6 +157,8 @@ def custom_generate(
     prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
     padding = [input_ids.shape[1] - len(prompt) for prompt in prompts]
     stop_tokens, stop, batch_criteria = _stops(stopping_criteria, input_ids, padding)
+    if logprobs is not None and not generation_config.return_dict_in_generate:
+        raise GenerateError("logprobs are part of the output of return_dict_in_generate=True: give that, too.")
     keep_scores = bool(
         generation_config.return_dict_in_generate
         and (generation_config.output_scores or generation_config.output_logits)
@@ -150,7 +168,7 @@ def custom_generate(
     texts = _texts(past, heads, len(prompts), keep, plain, depth, tree)
     engine = texts.engine
     if compile:
-        chance = bool(logits_processor) or keep_scores or _samples(generation_config)
+        chance = bool(logits_processor) or keep_scores or _samples(generation_config) or logprobs is not None
         heads.compiled(engine, 1 if plain else None, chance)
     engine.stop_tokens = frozenset(stop_tokens)
     pad = _padding_token(generation_config, stop_tokens)
@@ -161,7 +179,7 @@ def custom_generate(
         prompts,
         max_new_tokens=new,
         on_tokens=_streaming(streamer) if judge is None else judge.add,
-        sampling=_samplings(generation_config, logits_processor, seed, sampling_method, padding),
+        sampling=_samplings(generation_config, logits_processor, seed, sampling_method, padding, logprobs),
         stop=stop,
         keep_scores=keep_scores,
     )
@@ -171,7 +189,7 @@ def custom_generate(
         raise error
     if streamer is not None:
         streamer.end()
-    return _output(found, input_ids, generation_config, pad, texts)
+    return _output(found, input_ids, generation_config, pad, texts, logprobs is not None)
 
 
 def check_inputs(input_ids: Any, attention_mask: Any = None) -> None:
@@ -278,12 +296,16 @@ class BatchCriteria:
 
     def cut(self, row: int, result: Generation) -> None:
         """Take back the tokens after a row's end."""
-        for values in (result.tokens, result.origins, result.scores, result.logits):
-            del values[self._ends[row] :]
+        result.cut(self._ends[row])
 
 
 def _output(
-    found: Sequence[Generation], input_ids: Tensor, config: GenerationConfig, pad: int, texts: KeptTexts
+    found: Sequence[Generation],
+    input_ids: Tensor,
+    config: GenerationConfig,
+    pad: int,
+    texts: KeptTexts,
+    keeps_logprobs: bool,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """What transformers' users expect."""
     tokens = [torch.tensor(each.tokens, device=input_ids.device) for each in found]
@@ -291,10 +313,12 @@ def _output(
     sequences = torch.cat([input_ids, filled], dim=1)
     if not config.return_dict_in_generate:
         return sequences
-    return GenerateDecoderOnlyOutput(
+    return MultiTokenGenerateOutput(
         sequences=sequences,  # type: ignore[arg-type]
         scores=_by_step(found, "scores") if config.output_scores else None,  # type: ignore[arg-type]
         logits=_by_step(found, "logits") if config.output_logits else None,  # type: ignore[arg-type]
+        spec_decoding_stats=[each.spec_decoding_stats for each in found],
+        logprobs=[each.logprobs for each in found] if keeps_logprobs else None,
         **{CACHE_NAME: texts if config.use_cache else None},  # type: ignore[arg-type]
     )
 
@@ -370,10 +394,16 @@ def _samples(config: GenerationConfig) -> bool:
 
 
 def _samplings(
-    config: GenerationConfig, processors: Sequence[Any], seed: int | None, method: Method, padding: Sequence[int]
+    config: GenerationConfig,
+    processors: Sequence[Any],
+    seed: int | None,
+    method: Method,
+    padding: Sequence[int],
+    logprobs: int | None,
 ) -> list[Sampling]:
     """How each prompt's tokens are chosen; `processors` hold the temperature and its kin."""
-    common = Sampling(float(_samples(config)), seed=seed, processors=tuple(processors), method=method)
+    temperature = float(_samples(config))
+    common = Sampling(temperature, seed=seed, processors=tuple(processors), method=method, logprobs=logprobs)
     seeds = prompt_seeds(common.seed if common.by_chance else 0, len(padding))
     by_padding = {pads: replace(common, processors=_without_padding(processors, pads)) for pads in set(padding)}
     return [replace(by_padding[pads], seed=own) for own, pads in zip(seeds, padding, strict=True)]
