@@ -4,7 +4,7 @@ from nextn.config import MultiTokenConfig, OutputConfig, WeightsConfig
 from nextn.decoding.generate import custom_generate
 from nextn.decoding.sampling import Sampling
 from nextn.decoding.tree import Tree
-from nextn.formats.native import load
+from nextn.formats.native import load, load_base, load_tokenizer
 from nextn.model import MultiTokenModel, attach
 from nextn.training import Trainer
 
@@ -19,4 +19,6 @@ __all__ = [
     "attach",
     "custom_generate",
     "load",
+    "load_base",
+    "load_tokenizer",
 ]
