@@ -507,6 +507,7 @@ class MultiTokenModel(BaseInterface):
             where = {name: pushing[name] for name in ("private", "token", "revision") if name in pushing}
             pushing["repo_id"] = publish.make_repository(pushing.get("repo_id", directory.resolve().name), **where)
             pushing.pop("private", None)
+            pushing["tags"] = [*(pushing.get("tags") or ()), *(self.model_tags or ())]
             base_name = native.public_name(self, base_name, None if heads_only else pushing["repo_id"])
         before = native.written(directory)
         if not heads_only:
