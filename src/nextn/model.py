@@ -30,6 +30,7 @@ from nextn.heads import build_heads
 from nextn.heads.base import Text
 from nextn.losses import IGNORE, Depth, depth_losses, targets_at
 from nextn.output import Output, SharedOutput
+from nextn.quantized import why_untrainable
 from nextn.support import check_heads, check_host
 from nextn.teachers import Teacher, TopTokens, TrunkStates
 from nextn.trunk import RaggedCache, Trunk, fingerprint
@@ -88,7 +89,10 @@ class MultiTokenModel(PreTrainedModel):
         self.weights = config.weights.by_depth(config.n)  # a schedule may change them while training
         self.schedule = ScheduleConfig()  # a trainer sets it
         self.held_out_tau: float | None = None  # as it was last estimated in training
-        set_trained(base, not config.freeze_trunk)
+        self._why_untrainable = None if config.freeze_trunk else why_untrainable(base)
+        set_trained(base, not config.freeze_trunk and self._why_untrainable is None)
+        if getattr(base, "hf_device_map", None):
+            self.hf_device_map = base.hf_device_map  # which tells Trainer not to move it
         self.train(base.training)
         self._code: dict[Any, tuple[Any, Code | None]] = {}  # by what was asked for, see `compiled`
         self._paces: dict[Any, dict[int, Pace]] = {}  # what steps take and what drafts bring, see `engine`
@@ -119,6 +123,8 @@ class MultiTokenModel(PreTrainedModel):
         Heads become float32 when training begins, whatever the trunk's dtype is, and stay so: in half precision their
         small updates would be rounded away.
         """
+        if mode and self._why_untrainable is not None:
+            raise ConfigError(self._why_untrainable)
         super().train(mode)
         if self.multi_token.freeze_trunk:
             self.base.eval()
@@ -645,6 +651,8 @@ def attach(
     Raises:
         HostError, ConfigError: where the host or the config cannot work; the message says why.
     """
+    if not config.freeze_trunk and (why := why_untrainable(unwrapped(base))) is not None:
+        raise ConfigError(why)
     model = MultiTokenModel(base, config)
     try_heads(model)
     if model.trunk.device.type != "meta":
