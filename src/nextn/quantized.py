@@ -160,7 +160,7 @@ def why_unfit(model: Any) -> str | None:
                 f"has its {name} offloaded, which heads share: keep it on the device that computes (device_map), and "
                 "offload layers only"
             )
-        if any(not is_plain(tensor) for tensor in chain(module.parameters(), module.buffers())):
+        if has_quantized_weights(module):
             return (
                 f"has its {name} quantized by {quantization_method(model)}, while heads share it: leave it out of the "
                 "quantization"
