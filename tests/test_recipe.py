@@ -514,7 +514,7 @@ def test_the_command_line(attached, tmp_path):
         refused = CliRunner().invoke(app, [*command[:4], f"--set={change}"])
         assert refused.exit_code == 1 and message in " ".join(refused.output.split())
     (tmp_path / "broken.yaml").write_text("a: [")
-    for path, message in (("broken.yaml", "is not YAML (line 1)"), ("none.yaml", "cannot be read")):
+    for path, message in (("broken.yaml", "is not YAML (line 1)"), ("none.yaml", "There is no recipe")):
         refused = CliRunner().invoke(app, ["train", str(tmp_path / path), "--out", str(tmp_path / "x")])
         assert refused.exit_code == 1 and message in " ".join(refused.output.split())
 

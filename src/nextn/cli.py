@@ -97,10 +97,23 @@ def attach(
     run(recipe, out, say=console.print, trust_remote_code=trust_remote_code)
 
 
+def _list_recipes(wanted: bool) -> None:
+    """`nextn train --list`."""
+    if not wanted:
+        return
+    from nextn.recipe_files import shipped_recipes
+
+    table = Table("name", "what", "source")
+    for recipe in shipped_recipes():
+        table.add_row(Text(recipe.name, no_wrap=True), recipe.what, recipe.source)
+    console.print(table)
+    raise typer.Exit
+
+
 @app.command()
 @_plainly
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file, such as those in recipes/.")],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that ships: see --list.")],
     out: Annotated[Path, typer.Option(help="Where the result goes; training goes on from here when killed.")],
     base: Annotated[str | None, typer.Option(help="The model to start from, over the recipe's.")] = None,
     data: Annotated[
@@ -109,6 +122,9 @@ def train(
     change: Annotated[
         list[str] | None, typer.Option("--set", help="field=value, over the recipe's: training.max_steps=100.")
     ] = None,
+    _list: Annotated[
+        bool, typer.Option("--list", is_eager=True, callback=_list_recipes, help="List the recipes that ship.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train by a recipe: from scratch, heads on a frozen model, or both together."""

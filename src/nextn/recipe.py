@@ -33,6 +33,7 @@ from nextn.kept import KeptOutputs
 from nextn.lock import FileLock
 from nextn.model import MultiTokenModel, attach
 from nextn.output import TrimmedOutput
+from nextn.recipe_files import recipe_path
 from nextn.scratch import from_scratch
 from nextn.training import Trainer, is_finished, last_checkpoint, write_finished
 from nextn.trunk import context_length
@@ -127,7 +128,7 @@ class Recipe(Strict):
 
     @classmethod
     def read(cls, path: str | Path, given: dict[str, Any] | None = None, changes: Sequence[str] = ()) -> Recipe:
-        """A recipe from a YAML file.
+        """A recipe from a YAML file, or one of those that ship, by its name.
 
         Args:
             given: fields that take the place of the file's.
@@ -136,8 +137,9 @@ class Recipe(Strict):
         Raises:
             ConfigError: where the file is missing, is not YAML, or is not a recipe.
         """
+        path = recipe_path(path)
         try:
-            stated = yaml.safe_load(Path(path).read_text())
+            stated = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
         except yaml.YAMLError as error:
