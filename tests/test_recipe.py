@@ -486,7 +486,7 @@ def test_errors_that_show_only_when_it_runs(attached, tmp_path):
             ),
             ({"lora": {"rank": 2}, **tuned}, ConfigError, "lora: .*rank"),
             ({"lora": {"r": 2, "target_modules": ["q_proj"]}, "compile": True, **tuned}, ConfigError, "compile does"),
-            ({"data": [str(tmp_path / "x.csv")]}, DataError, "is no plain text"),
+            ({"data": [str(tmp_path / "x.csv")]}, DataError, "x.csv has the columns a, b; expected text"),
             ({"data": ["answers/none.jsonl"]}, DataError, "There is no data file answers/none.jsonl"),
             ({"length": 4096}, ConfigError, "the base reads 128 tokens"),
             ({"data": ["nowhere.jsonl"]}, DataError, "There is no data file nowhere.jsonl"),

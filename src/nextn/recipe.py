@@ -58,7 +58,7 @@ class Recipe(Strict):
     heads: what is predicted, by which heads; see `MultiTokenConfig`.
     vocabulary: short for a trimmed output of so many tokens. A trimmed output keeps the most frequent tokens of the
         data.
-    data: files (.jsonl, .parquet, plain text) or datasets of the hub; see `nextn.data`.
+    data: files (.jsonl, .parquet, .csv, plain text) or datasets of the hub; see `nextn.data`.
     split: of datasets on the hub.
     stream: pack the text as it comes, for more than memory holds; needs `training.max_steps`.
     validation: the share of the blocks that is held out; τ is estimated on it each time it is evaluated.
