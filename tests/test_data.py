@@ -22,7 +22,6 @@ from nextn.data import (
     StreamedBlocks,
     TextStream,
     byte_tokenizer,
-    checked_prompt,
     example,
     examples_of,
     read_jsonl,
@@ -77,6 +76,26 @@ def test_answers_are_trained_on_and_prompts_are_not():
     assert example(tokenizer, {"prompt": "ab", "answer": ""}) is None
 
 
+def test_an_answer_to_a_chat_is_trained_on_alone():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }}:{{ message.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "no"}, {"role": "user", "content": "c"}]
+    for asked, head in (
+        ({"messages": chat}, "user:ab<eos>assistant:no<eos>user:c<eos>assistant:"),
+        ({"prompt": "ab", "system": "x"}, "system:x<eos>user:ab<eos>assistant:"),
+        ({"prompt": "ab", "system": None}, "user:ab<eos>assistant:"),
+    ):
+        for finish, end in (("stop", "<eos>"), ("length", "")):
+            ids, labels = example(tokenizer, asked | {"answer": "cd", "finish": finish})
+            assert tokenizer.decode(ids) == f"{head}cd{end}"
+            assert tokenizer.decode([label for label in labels if label != IGNORE]) == f"cd{end}"
+    whole = [*chat, {"role": "assistant", "content": "yes"}]
+    assert example(tokenizer, {"messages": whole, "answer": "cd"}) == example(tokenizer, {"messages": whole})
+
+
 @pytest.mark.parametrize(
     "content, says",
     [("hello\n", "line 1, is not JSON"), ('{"a": 1}\n[1]\n', "line 2, is no JSON object"), ("", "no rec")],
@@ -87,11 +106,6 @@ def test_bad_files_get_a_sentence(tmp_path, content, says):
         read_jsonl(tmp_path / "data.jsonl")
     with pytest.raises(DataError, match="no data file"):
         read_jsonl(tmp_path / "nowhere.jsonl")
-
-
-def test_an_empty_prompt_is_refused():
-    with pytest.raises(DataError, match="empty"):
-        checked_prompt(make_tokenizer(), " \n")
 
 
 def test_a_character_of_several_tokens_is_shown_whole():

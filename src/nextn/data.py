@@ -172,17 +172,6 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def checked_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """A user's prompt as token ids.
-
-    Raises:
-        DataError: for a prompt without text.
-    """
-    if not prompt.strip():
-        raise DataError("The prompt is empty: give some text.")
-    return prompt_ids(tokenizer, prompt)
-
-
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """A user's prompt as token ids: through the chat template where there is one, else as it is."""
     if tokenizer.chat_template:
@@ -231,22 +220,74 @@ def example(tokenizer: Any, record: dict[str, Any]) -> Example | None:
 
     `{"messages"}` (a chat, with `role` and `content`) trains on what the assistant says in answer to something;
     `{"prompt", "answer"}` on the answer, its end included unless `finish` says that it was cut (`tokens`, where
-    `distill` wrote them, are the answer as it was emitted); `{"text"}` on all of it. Both kinds of answers end as the
-    chat template ends a turn of the assistant, or without one, with the tokenizer's end token.
+    `distill` wrote them, are the answer as it was emitted); `{"text"}` on all of it. An answer may have a `system`
+    message, and `messages` in place of a `prompt`. Answers end as the chat template ends a turn of the assistant, or
+    without one, with the tokenizer's end token.
 
     Raises:
         DataError: for a chat that cannot be read.
     """
-    answer, text = record.get("answer"), record.get("text")
-    if isinstance(record.get("messages"), list):
-        return _chat(tokenizer, record["messages"])
-    if isinstance(record.get("prompt"), str) and isinstance(answer, str) and answer:
-        head, tail = prompt_ids(tokenizer, record["prompt"]), _answer_ids(tokenizer, record)
+    answer, text, messages = record.get("answer"), record.get("text"), record.get("messages")
+    has_question = _asks(messages) if isinstance(messages, list) else isinstance(record.get("prompt"), str)
+    if has_question and isinstance(answer, str) and answer:
+        head, tail = question_ids(tokenizer, record), _answer_ids(tokenizer, record)
         return head + tail, [IGNORE] * len(head) + tail
+    if isinstance(messages, list):
+        return _chat(tokenizer, messages)
     if isinstance(text, str) and text.strip():
         ids = list(tokenizer(text)["input_ids"])
         return ids, [IGNORE, *ids[1:]]  # nothing predicts a text's first token
     return None
+
+
+def question_ids(tokenizer: Any, record: dict[str, Any]) -> list[int]:
+    """What a record asks as token ids, up to where the answer begins: its `prompt` or `messages`, after its `system`.
+
+    Raises:
+        DataError: for a chat that cannot be answered.
+        ChatTemplateError: where the template refuses the chat.
+    """
+    system, chat = record.get("system") or None, record.get("messages")
+    if system is None and not isinstance(chat, list):
+        return prompt_ids(tokenizer, record["prompt"])
+    chat = chat if isinstance(chat, list) else [{"role": "user", "content": record["prompt"]}]
+    if system is not None and any(isinstance(message, dict) and message.get("role") == "system" for message in chat):
+        raise DataError("The chat has a system message of its own: leave the other one out.")
+    return answerable_ids(tokenizer, chat if system is None else [{"role": "system", "content": system}, *chat])
+
+
+def answerable_ids(tokenizer: Any, messages: list[Any]) -> list[int]:
+    """A chat as token ids, up to where the assistant's answer begins.
+
+    Raises:
+        DataError: for a tokenizer without a chat template, or a chat that has no question at its end.
+        ChatTemplateError: where the template refuses the chat.
+    """
+    check_chats(tokenizer)
+    messages = checked_chat(tokenizer, messages)
+    if not _asks(messages):
+        raise DataError("The chat ends with the assistant; nothing is left to answer.")
+    if not str(messages[-1]["content"]).strip():
+        raise DataError("The last message is empty: give some text.")
+    return chat_ids(tokenizer, messages, add_generation_prompt=True)
+
+
+def check_chats(tokenizer: Any) -> None:
+    """Refuse a tokenizer that reads no chats.
+
+    Raises:
+        DataError: where it has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{tokenizer.name_or_path or 'The tokenizer'} has no chat template, so that chats and system messages "
+            "cannot be read: give a plain prompt."
+        )
+
+
+def _asks(messages: list[Any]) -> bool:
+    """Whether a chat ends with something to answer."""
+    return bool(messages) and isinstance(messages[-1], dict) and messages[-1].get("role") != "assistant"
 
 
 def _chat(tokenizer: Any, messages: list[dict[str, Any]]) -> Example | None:
@@ -256,7 +297,7 @@ def _chat(tokenizer: Any, messages: list[dict[str, Any]]) -> Example | None:
     """
     if not tokenizer.chat_template:
         raise DataError(f"{tokenizer.name_or_path or 'The tokenizer'} has no chat template, but the data has messages.")
-    messages = _checked_chat(tokenizer, messages)
+    messages = checked_chat(tokenizer, messages)
     after = len(_end_of_turn(tokenizer)[1])
     ids: list[int] = []
     labels: list[int] = []
@@ -276,7 +317,7 @@ def _chat(tokenizer: Any, messages: list[dict[str, Any]]) -> Example | None:
     return ids[:end], labels[:end]
 
 
-def _checked_chat(tokenizer: Any, messages: list[Any]) -> list[dict[str, Any]]:
+def checked_chat(tokenizer: Any, messages: list[Any]) -> list[dict[str, Any]]:
     """A chat that a template can read, with contents in parts of text joined: many templates would print the list.
 
     Raises:
