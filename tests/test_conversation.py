@@ -118,6 +118,8 @@ def test_what_cannot_be_read_leaves_the_conversation_as_it_was(model, tokenizer)
         with pytest.raises(error):
             conversation.say(text, print)
     assert conversation.messages == [] == conversation.results
+    with pytest.raises(ValueError, match="make it with keep=True"):
+        Conversation(model.engine(), tokenizer)
 
 
 def test_a_conversation_in_the_terminal(heads, answer_of):
@@ -169,8 +171,12 @@ def test_a_cut_run_goes_on_to_the_same_texts(heads, questions, tmp_path):
     (tmp_path / "cut.jsonl").write_text("\n".join(lines[4:6]) + '\n{"prompt": "ab')
     generate(heads, *words, "--out", tmp_path / "cut.jsonl", "--rows", 2)
     assert sorted((tmp_path / "cut.jsonl").read_text().splitlines()) == sorted(lines)
-    done = generate(heads, *words, "--out", tmp_path / "cut.jsonl")
-    assert "answers all 8 prompts: nothing is changed" in done.stdout
+    (tmp_path / "questions.jsonl").write_text('{"prompt": "ab"}\n' * 4)
+    generate(heads, *words, "--out", tmp_path / "same.jsonl")
+    answers = [json.loads(line)["answer"] for line in (tmp_path / "same.jsonl").read_text().splitlines()]
+    assert len(answers) == 4 and len(set(answers)) > 1, "each record has a seed of its own"
+    done = generate(heads, *words, "--out", tmp_path / "same.jsonl")
+    assert "answers all 4 prompts: nothing is changed" in done.stdout
 
 
 def test_bad_input_gets_one_sentence(heads, tiny_heads, questions, tmp_path):

@@ -24,13 +24,16 @@ class Conversation:
     """A chat of a user and a model.
 
     Args:
-        engine: of one row, with `keep`, so that only what is new is read in each turn.
+        engine: with `keep`, so that only what is new is read in each turn.
         system: a system message to begin with.
         max_new_tokens: the longest answer.
 
     Attributes:
         messages: all that was said, as the chat template gets it.
         results: the model's answers.
+
+    Raises:
+        ValueError: for an engine that would read all of the chat in each turn.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class Conversation:
         max_new_tokens: int = 1024,
         sampling: Sampling = GREEDY,
     ) -> None:
+        if not engine.keep:
+            raise ValueError("A conversation needs an engine that keeps what it read: make it with keep=True.")
         self.engine, self.tokenizer, self.system = engine, tokenizer, system
         self.max_new_tokens, self.sampling = max_new_tokens, sampling
         self.reset()
