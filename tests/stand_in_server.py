@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Reply = tuple[int, Any]  # status and content
+LOST: Reply = (0, None)  # the connection is closed instead
 
 
 def completion(text: str | None, finish: str = "stop") -> Reply:
@@ -89,4 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
         reply = api.reply(asked) if self.is_let_in() else failure(401, "Incorrect API key")
         with api.lock:
             api.now -= 1
+        if reply == LOST:
+            self.close_connection = True
+            return
         self.answer(*reply if self.path == "/v1/chat/completions" else failure(404, "Not Found"))

@@ -14,7 +14,7 @@ from nextn import openai_client
 from nextn.cli import app
 from nextn.distill import distill_from
 from nextn.openai_client import ChatServer, ServerError
-from stand_in_server import ChatApi, completion, failure
+from stand_in_server import LOST, ChatApi, completion, failure
 
 
 def said(asked: dict) -> str:
@@ -79,13 +79,13 @@ def test_what_is_answered_is_not_asked_again(api, tmp_path, distill):
     assert "answers all 20 prompts: nothing is changed" in output and len(api.asked) == 13
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_busy_server_is_asked_again_later(api, distill, status):
+@pytest.mark.parametrize("trouble", [failure(429, "busy"), failure(500, "oh"), failure(503, "busy"), LOST])
+def test_a_server_in_trouble_is_asked_again_later(api, distill, trouble):
     seen: Counter[str] = Counter()
 
     def reply(asked):
         seen[said(asked)] += 1
-        return completion("yes") if seen[said(asked)] > 3 else failure(status, "busy")
+        return completion("yes") if seen[said(asked)] > 3 else trouble
 
     api.reply = reply
     _, records = distill(5)

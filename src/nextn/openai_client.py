@@ -129,7 +129,7 @@ class ChatServer:
         async with self._client(1) as client:
             try:
                 response = await client.get(f"{self.url}/models")
-            except (httpx2.TransportError, httpx2.InvalidURL) as error:
+            except (httpx2.RequestError, httpx2.InvalidURL) as error:
                 raise ServerError(
                     f"{self.url} cannot be reached ({_reason(error)}): is a server running there?"
                 ) from None
@@ -167,7 +167,7 @@ class ChatServer:
             wait = FIRST_WAIT * 2**number * random.uniform(1, 1.5)  # not all at the same time
             try:
                 response = await client.post(f"{self.url}/chat/completions", json=body)
-            except httpx2.TransportError as error:
+            except httpx2.RequestError as error:
                 why = f"cannot be reached ({_reason(error)})"
             else:
                 if response.status_code != 429 and response.status_code < 500:
