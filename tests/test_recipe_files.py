@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from nextn.cli import app
@@ -20,8 +21,9 @@ ROOT = Path(__file__).parents[1]
 NAMES = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
 
 
-def test_train_lists_every_recipe_with_what_and_source():
-    done = CliRunner().invoke(app, ["train", "--list"], env={"COLUMNS": "200"})
+def test_train_lists_every_recipe_with_what_and_source(monkeypatch):
+    monkeypatch.setattr("nextn.cli.console", Console(width=200))
+    done = CliRunner().invoke(app, ["train", "--list"])
     assert done.exit_code == 0, done.output
     assert {recipe.name for recipe in shipped_recipes()} == NAMES and len(NAMES) > 5
     for recipe in shipped_recipes():
