@@ -5,10 +5,10 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-slow test-versions lint clean
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --upgrade pip
-	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[eval,dev]'
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[train,eval,dev]'
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -19,6 +19,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-slow: $(STAMP)
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[bitsandbytes]'
 	$(VENV)/bin/python -m pytest -m slow
 
 # The other supported versions of torch and transformers; makes and removes an environment for each.

@@ -11,27 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput, logging
 
-from nextn.adapters import check_adapters, set_trained, unwrapped
+from nextn.adapters import adopt_adapters, check_adapters, set_trained, unwrapped
 from nextn.config import ConfigError, MultiTokenConfig, ObjectiveConfig, ScheduleConfig
 from nextn.decoding.drafting import HeadDrafter
 from nextn.decoding.engine import Code, Engine
-from nextn.decoding.generate import CACHE_NAME, CACHE_NAMES, custom_generate
-from nextn.decoding.generation_config import refuse, setting
+from nextn.decoding.generate import CACHE_NAME, CACHE_NAMES, check_inputs, custom_generate
+from nextn.decoding.generation_config import GenerateError, refuse, setting
 from nextn.decoding.pace import Pace
 from nextn.decoding.sampling import Method
 from nextn.decoding.tree import Tree
 from nextn.heads import build_heads
-from nextn.heads.base import Text
+from nextn.heads.base import Heads, Text
 from nextn.losses import IGNORE, Depth, depth_losses, targets_at
 from nextn.output import Output, SharedOutput
+from nextn.pretrained import BaseInterface
+from nextn.quantized import why_untrainable
 from nextn.support import check_heads, check_host
 from nextn.teachers import Teacher, TopTokens, TrunkStates
+from nextn.trainers import Backbone, join_loss
 from nextn.trunk import RaggedCache, Trunk, fingerprint
 
 logger = logging.get_logger("nextn")
@@ -62,7 +65,7 @@ class MultiTokenOutput(ModelOutput):
     accepted: Tensor | None = None
 
 
-class MultiTokenModel(PreTrainedModel):
+class MultiTokenModel(BaseInterface):
     """Trunk and heads. Made by `nextn.attach` and `nextn.load`.
 
     `model(input_ids, labels=...)` gives the loss of the design under any trainer; `model.generate(...)` decodes with
@@ -88,7 +91,12 @@ class MultiTokenModel(PreTrainedModel):
         self.weights = config.weights.by_depth(config.n)  # a schedule may change them while training
         self.schedule = ScheduleConfig()  # a trainer sets it
         self.held_out_tau: float | None = None  # as it was last estimated in training
-        set_trained(base, not config.freeze_trunk)
+        self.backbone = Backbone(self)
+        self.register_forward_hook(join_loss, with_kwargs=True)
+        self._why_untrainable = None if config.freeze_trunk else why_untrainable(base)
+        set_trained(base, not config.freeze_trunk and self._why_untrainable is None)
+        if getattr(base, "hf_device_map", None):
+            self.hf_device_map = base.hf_device_map  # which tells Trainer not to move it
         self.train(base.training)
         self._code: dict[Any, tuple[Any, Code | None]] = {}  # by what was asked for, see `compiled`
         self._paces: dict[Any, dict[int, Pace]] = {}  # what steps take and what drafts bring, see `engine`
@@ -103,15 +111,31 @@ class MultiTokenModel(PreTrainedModel):
         if "base" in self._modules:  # the constructor of PreTrainedModel sets one before there is a base
             self.base.generation_config = config
 
+    @property
+    def base_model(self) -> Backbone:  # type: ignore[override]
+        """What trainers that compute the loss themselves call, see `nextn.trainers`."""
+        return self.backbone
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """The base's, by the names of its adapters."""
+        return self.base.peft_config
+
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, Any]) -> None:  # by peft, when it has put adapters into this model
+        adopt_adapters(self, configs)
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del self.base.peft_config
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True  # the base has chosen already; transformers asks each class anew
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.base.get_output_embeddings()
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which compile and measure anew: compiled code and measured times stay behind."""
+        return self.__dict__ | {"_code": {}, "_paces": {}}
 
     def train(self, mode: bool = True) -> MultiTokenModel:
         """Set training or evaluation mode. A frozen trunk stays in evaluation mode.
@@ -119,6 +143,8 @@ class MultiTokenModel(PreTrainedModel):
         Heads become float32 when training begins, whatever the trunk's dtype is, and stay so: in half precision their
         small updates would be rounded away.
         """
+        if mode and self._why_untrainable is not None:
+            raise ConfigError(self._why_untrainable)
         super().train(mode)
         if self.multi_token.freeze_trunk:
             self.base.eval()
@@ -162,8 +188,9 @@ class MultiTokenModel(PreTrainedModel):
             if not isinstance(module._gradient_checkpointing_func, _Checkpoint):
                 _refuse_reentrant(module._gradient_checkpointing_func)
                 module._gradient_checkpointing_func = _Checkpoint(module._gradient_checkpointing_func, self.trunk)
-            self.heads.gradient_checkpointing = True
-            self.heads._gradient_checkpointing_func = module._gradient_checkpointing_func
+            for heads in (part for part in self.heads.modules() if isinstance(part, Heads)):  # peft may wrap them
+                heads.gradient_checkpointing = True
+                heads._gradient_checkpointing_func = module._gradient_checkpointing_func
 
     def compile_layers(self) -> None:
         """Let torch.compile make machine code of each layer of trunk and heads when it is first called.
@@ -209,17 +236,28 @@ class MultiTokenModel(PreTrainedModel):
         if (top_tokens is None) != (top_log_probs is None) or (trunk_states is None and top_tokens is not None):
             raise ValueError("top_tokens, top_log_probs and trunk_states go together: give what trunk_outputs gave.")
         self.heads.follow_vocabulary(self.trunk)
-        text = as_text(input_ids, attention_mask, position_ids)
         if trunk_states is not None and self.heads.reads:
             raise ValueError("These heads read the trunk's keys and values: leave trunk_states out.")
         if trunk_states is not None and labels is not None:
+            text = as_text(input_ids, attention_mask, position_ids)
             teacher = self._teacher(None, trunk_states, top_tokens, top_log_probs)
             return self._loss(text, None, trunk_states, teacher, labels, num_items_in_batch)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.multi_token.freeze_trunk):
-            hidden, tapped = self.run_trunk(text)
+        text, hidden, tapped = self.run_backbone(input_ids, attention_mask, position_ids)
         if labels is None:
             return MultiTokenOutput(logits=self.trunk.logits(hidden))
         return self._loss(text, hidden, tapped, self._teacher(hidden), labels, num_items_in_batch)
+
+    def run_backbone(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> tuple[Text, Tensor, Tensor]:
+        """The text, the trunk's last state and the tapped one [B, T, D]; with gradients where the trunk is trained."""
+        text = as_text(input_ids, attention_mask, position_ids)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.multi_token.freeze_trunk):
+            return text, *self.run_trunk(text)
+
+    def loss_of_heads(self, text: Text, hidden: Tensor, tapped: Tensor, labels: Tensor) -> MultiTokenOutput:
+        """The loss of depths 2 … n, not divided: the sum over targets, for a trainer that has the rest of it."""
+        return self._loss(text, None, tapped, self._teacher(hidden), labels, 1)
 
     def run_trunk(self, text: Text) -> tuple[Tensor, Tensor]:
         """The trunk's last state [B, T, D] and the tapped one; keys that heads read are put into the text."""
@@ -373,6 +411,7 @@ class MultiTokenModel(PreTrainedModel):
         seed: int | None = None,
         sampling_method: Method = "coupled",
         compile: bool = False,
+        logprobs: int | None = None,
         **kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """The text of the base model, drafted by the heads: transformers' `generate`, only faster.
@@ -393,19 +432,28 @@ class MultiTokenModel(PreTrainedModel):
             compile: run the step as machine code. It is compiled once a machine for each batch size, which takes
                 minutes, and loaded in seconds after that. When weights or active adapters have changed it is compiled
                 anew.
+            logprobs: with `return_dict_in_generate`, log-probabilities of the tokens, and of so many of the most
+                probable ones, see `Sampling`.
 
         Returns:
             input_ids and the new tokens [B, T + new], shorter rows filled with the padding token; or what
-            `return_dict_in_generate` asks for. Its `cache` (`past_key_values` before transformers 5.24), given to the
-            next turn together with the whole text, spares reading again what was read; either name is accepted.
+            `return_dict_in_generate` asks for, with `spec_decoding_stats` and `logprobs` (`MultiTokenGenerateOutput`).
+            Its `cache` (`past_key_values` before transformers 5.24), given to the next turn together with the whole
+            text, spares reading again what was read; either name is accepted.
 
         Raises:
             GenerateError, PromptError, SamplingError: for what cannot be; the message says why.
         """
         if heads not in (None, 1):
             raise ValueError(f"heads is {heads}; give 1 for the plain model, or None for all heads.")
-        if "inputs" in kwargs:
+        if "inputs" in kwargs and input_ids is None:
             input_ids = kwargs.pop("inputs")
+        if input_ids is not None:
+            check_inputs(input_ids, kwargs.get("attention_mask"))
+        if "custom_generate" in kwargs:
+            raise GenerateError("custom_generate is given, but nextn decodes itself: call generate of model.base.")
+        if not isinstance(generation_config, GenerationConfig | None):
+            raise GenerateError(f"generation_config is {generation_config!r}; give a GenerationConfig.")
         for name in CACHE_NAMES:
             if name in kwargs:
                 kwargs[CACHE_NAME] = kwargs.pop(name)
@@ -421,7 +469,7 @@ class MultiTokenModel(PreTrainedModel):
             kwargs["stop_strings"] = None
         ours = {
             "heads": self, "plain": heads == 1, "seed": seed, "sampling_method": sampling_method, "depth": depth,
-            "tree": tree, "compile": compile, "token_streamer": streamer,
+            "tree": tree, "compile": compile, "token_streamer": streamer, "logprobs": logprobs,
         }  # fmt: skip
         # transformers passes on what the function names, and keeps a `streamer` for itself.
         generate: Any = self.base.generate
@@ -490,6 +538,10 @@ class MultiTokenModel(PreTrainedModel):
         """
         from nextn.formats import native, publish
 
+        if not isinstance(self.heads, Heads):
+            raise ConfigError(
+                "peft holds the heads: call merge_and_unload() of the PeftModel, and save what it returns."
+            )
         settings, pushing = _split_arguments(kwargs, push_to_hub, publish.PUSHING)
         directory = Path(save_directory)
         if heads_only and merge_adapters:
@@ -498,6 +550,7 @@ class MultiTokenModel(PreTrainedModel):
             where = {name: pushing[name] for name in ("private", "token", "revision") if name in pushing}
             pushing["repo_id"] = publish.make_repository(pushing.get("repo_id", directory.resolve().name), **where)
             pushing.pop("private", None)
+            pushing["tags"] = [*(pushing.get("tags") or ()), *(self.model_tags or ())]
             base_name = native.public_name(self, base_name, None if heads_only else pushing["repo_id"])
         before = native.written(directory)
         if not heads_only:
@@ -645,6 +698,8 @@ def attach(
     Raises:
         HostError, ConfigError: where the host or the config cannot work; the message says why.
     """
+    if not config.freeze_trunk and (why := why_untrainable(unwrapped(base))) is not None:
+        raise ConfigError(why)
     model = MultiTokenModel(base, config)
     try_heads(model)
     if model.trunk.device.type != "meta":

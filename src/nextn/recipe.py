@@ -33,6 +33,7 @@ from nextn.kept import KeptOutputs
 from nextn.lock import FileLock
 from nextn.model import MultiTokenModel, attach
 from nextn.output import TrimmedOutput
+from nextn.recipe_files import recipe_path
 from nextn.scratch import from_scratch
 from nextn.training import Trainer, is_finished, last_checkpoint, write_finished
 from nextn.trunk import context_length
@@ -57,10 +58,11 @@ class Recipe(Strict):
     heads: what is predicted, by which heads; see `MultiTokenConfig`.
     vocabulary: short for a trimmed output of so many tokens. A trimmed output keeps the most frequent tokens of the
         data.
-    data: files (.jsonl, .parquet, plain text) or datasets of the hub; see `nextn.data`.
+    data: files (.jsonl, .parquet, .csv, plain text) or datasets of the hub; see `nextn.data`.
     split: of datasets on the hub.
     stream: pack the text as it comes, for more than memory holds; needs `training.max_steps`.
-    validation: the share of the blocks that is held out; τ is estimated on it each time it is evaluated.
+    validation: what is held out: a share of the blocks, a file or dataset as in `data`, or nothing (0 or null). τ is
+        estimated on it each time it is evaluated.
     length: tokens in a packed block.
     schedule: see `ScheduleConfig`.
     lora: train adapters of the trunk rather than its weights: the arguments of `peft.LoraConfig`.
@@ -82,7 +84,7 @@ class Recipe(Strict):
     data: list[str] = Field(min_length=1)
     split: str = "train"
     stream: bool = False
-    validation: float = Field(default=0.0, ge=0, lt=1)
+    validation: float | str | None = 0.0
     length: int = Field(default=512, ge=2)
     schedule: ScheduleConfig = ScheduleConfig()
     lora: dict[str, Any] | None = None
@@ -107,8 +109,14 @@ class Recipe(Strict):
             raise ValueError("tokenizer goes with scratch; a base brings its own")
         if self.lora is not None and (self.heads is None or self.heads.freeze_trunk or self.scratch is not None):
             raise ValueError("lora needs a base, and heads.freeze_trunk: false")
-        if self.stream and (self.validation or "max_steps" not in self.training):
-            raise ValueError("stream needs training.max_steps, and has no validation")
+        if isinstance(self.validation, float) and not 0 <= self.validation < 1:
+            raise ValueError("validation is a share from 0 to below 1, or a file")
+        if self.stream and "max_steps" not in self.training:
+            raise ValueError("stream needs training.max_steps")
+        if self.stream and self.validation and not isinstance(self.validation, str):
+            raise ValueError(
+                "validation is a file where the data is streamed, or nothing: no share of it can be held out"
+            )
         if self.heads is not None:
             for phase in self.schedule.phases:
                 phase.weights.check_length(self.heads.n)
@@ -127,7 +135,7 @@ class Recipe(Strict):
 
     @classmethod
     def read(cls, path: str | Path, given: dict[str, Any] | None = None, changes: Sequence[str] = ()) -> Recipe:
-        """A recipe from a YAML file.
+        """A recipe from a YAML file, or one of those that ship, by its name.
 
         Args:
             given: fields that take the place of the file's.
@@ -136,8 +144,9 @@ class Recipe(Strict):
         Raises:
             ConfigError: where the file is missing, is not YAML, or is not a recipe.
         """
+        path = recipe_path(path)
         try:
-            stated = yaml.safe_load(Path(path).read_text())
+            stated = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
         except yaml.YAMLError as error:
@@ -245,7 +254,7 @@ def _train(
     trained_on = None if recipe.scratch is not None else _trained_on(recipe)
     tokenizer = _tokenizer(recipe, trained_on, trust_remote_code)
     blocks = _blocks(recipe, tokenizer)
-    training, validation = _split(blocks, recipe)
+    training, validation = _split(blocks, recipe, tokenizer)
     packed = training if isinstance(training, PackedBlocks) else None
     if packed:
         say(f"{packed.trained_tokens:,} trained tokens in {len(packed):,} blocks of {recipe.length}")
@@ -254,6 +263,8 @@ def _train(
     (checkpoint,) = broadcast_object_list([None if arguments.process_index else last_checkpoint(out, say)])
     calibration = None if checkpoint else packed
     model = _model(recipe, trained_on, tokenizer, blocks, calibration, arguments.device, trust_remote_code)
+    if validation is not None:
+        _check_reads(model.base, validation)
     if model.multi_token.output.kind == "trimmed" and not trained_on:
         _choose_vocabulary(model, packed, tokenizer, say)
     if recipe.compile:
@@ -325,8 +336,13 @@ def _claimable(recipe: Recipe, out: Path) -> str:
         FormatError: where going on from what is there would mix two trainings, or overwrite what is of no training.
     """
     path = native.writable(out) / "recipe.json"
-    data = {source: sha256(Path(source)) if Path(source).is_file() else None for source in recipe.data}
-    stated = json.dumps(recipe.model_dump() | {"data": data}, indent=2) + "\n"
+    hashes = {"data": _hashes(recipe.data)}
+    if isinstance(recipe.validation, str):
+        hashes["validation"] = _hashes([recipe.validation])
+        same = ({digest or name for name, digest in part.items()} for part in hashes.values())
+        if set.intersection(*same):
+            raise ConfigError(f"validation is {recipe.validation}, which is trained on: give other text, or a share.")
+    stated = json.dumps(recipe.model_dump() | hashes, indent=2) + "\n"
     if path.exists() and path.read_text() != stated:
         raise FormatError(
             f"{out} holds a training with other options or other data ({path}); choose another directory."
@@ -334,6 +350,11 @@ def _claimable(recipe: Recipe, out: Path) -> str:
     if not path.exists():
         _refuse_others(out, recipe.heads is None or not recipe.heads.freeze_trunk)
     return stated
+
+
+def _hashes(sources: Sequence[str]) -> dict[str, str | None]:
+    """The sha256 of each source that is a file."""
+    return {source: sha256(Path(source)) if Path(source).is_file() else None for source in sources}
 
 
 def _refuse_others(out: Path, whole_model: bool) -> None:
@@ -481,8 +502,13 @@ def _choose_vocabulary(
     say(f"drafts can name {len(kept):,} tokens, {coverage(counts, kept):.1%} of the text")
 
 
-def _split(blocks: PackedBlocks | StreamedBlocks, recipe: Recipe) -> tuple[Any, Dataset | None]:
-    """The blocks to train on, and those held out: evenly from all over."""
+def _split(
+    blocks: PackedBlocks | StreamedBlocks, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Any, PackedBlocks | None]:
+    """The blocks to train on, and those held out: of a source of their own, or evenly from all over."""
+    if isinstance(recipe.validation, str):
+        examples = examples_of([recipe.validation], tokenizer, recipe.length, recipe.split)
+        return blocks, PackedBlocks(examples, recipe.length, blocks.pad_id)
     if not recipe.validation or not isinstance(blocks, PackedBlocks):
         return blocks, None
     every = max(2, round(1 / recipe.validation))

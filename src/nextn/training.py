@@ -22,6 +22,7 @@ from nextn.config import ConfigError, ScheduleConfig
 from nextn.files import sha256, write_json
 from nextn.formats import native
 from nextn.model import MultiTokenModel, MultiTokenOutput
+from nextn.trainers import TrainerLink, by_depth
 
 CHECKSUMS = "checksums.json"  # of the files of a checkpoint
 FINISHED = "finished.json"  # written when the result of a training is complete
@@ -47,6 +48,7 @@ class Trainer(transformers.Trainer):
 
     def __init__(self, *args: Any, schedule: ScheduleConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.remove_callback(TrainerLink)  # for trainers that know nothing of heads
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.activation_checkpointing:
             raise ConfigError(
@@ -135,11 +137,7 @@ class Trainer(transformers.Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._depths and "loss" in logs:
-            figures = torch.stack(self._depths).nanmean(dim=0).tolist()  # depths that were not computed are NaN
-            for name, by_depth in zip(("loss", "accuracy", "overlap"), figures, strict=True):
-                for depth, value in enumerate(by_depth, start=1):
-                    if value == value:
-                        logs[f"{name}_{depth}"] = round(value, 4)
+            logs |= by_depth(self._depths)
             tokens, now = self._tokens * self.args.world_size, time.monotonic()
             logs["tokens_per_second"] = round(tokens / max(now - self._since, 1e-9), 1)
             self._depths, self._tokens, self._since = [], 0, now

@@ -55,13 +55,14 @@ from nextn.digest import add_tensor
 from nextn.files import replacing, write_json
 from nextn.formats import FormatError
 from nextn.formats.bundled import NAME as BUNDLED
-from nextn.formats.bundled import find, shipped_heads
+from nextn.formats.bundled import find, name_of, shipped_heads
 from nextn.formats.card import FILE as CARD
 from nextn.formats.card import card
 from nextn.formats.checks import check_directory, check_header, check_weights, read_json, reading
 from nextn.formats.hub import FETCHING, fetched, is_hub_name
 from nextn.formats.weights import check_loaded, check_stored_types, differs
 from nextn.model import MultiTokenModel, end_tokens, try_heads
+from nextn.quantized import saving_tensors
 from nextn.trunk import Trunk
 
 EXTRA = "nextn"
@@ -134,7 +135,8 @@ def _save_plain(
     plain = plain_tensors(base, base.state_dict() if tensors is None else tensors, merged)
     has_adapters, base._hf_peft_config_loaded = base._hf_peft_config_loaded, False
     try:
-        base.save_pretrained(directory, state_dict=plain, **settings)
+        with saving_tensors(base, plain):
+            base.save_pretrained(directory, state_dict=plain, **settings)
     finally:
         base._hf_peft_config_loaded = has_adapters
 
@@ -225,6 +227,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _lasting(name: str) -> str:
     """A directory's name from anywhere; the name of a model on the hub or of the bundled one as it is."""
+    name = name_of(name)
     return str(Path(name).resolve()) if name != BUNDLED and name and Path(name).is_dir() else name
 
 
@@ -238,7 +241,7 @@ def public_name(model: MultiTokenModel, base_name: str | None, repo_id: str | No
     Raises:
         FormatError: where the base has no name that others can use.
     """
-    name = base_name or model.base.config._name_or_path
+    name = name_of(base_name or model.base.config._name_or_path)
     if is_hub_name(name) or name == BUNDLED:
         return name
     if repo_id is None:
@@ -731,7 +734,7 @@ def open_for_decoding(
         dtype: `auto` (as stored), `float32` or `bfloat16`.
         rows: how many prompts are decoded side by side.
         trust_remote_code: run the code that the base's repository brings; else such a base is refused.
-        settings: `depth` and `tree` of `Engine`, where there are heads.
+        settings: of `Engine`: `keep`, and where there are heads `depth` and `tree`.
     """
     trunk_dtype = None if dtype == "auto" else named_dtype(dtype)
     if heads not in (None, 1):
@@ -741,7 +744,7 @@ def open_for_decoding(
         base = load_base(plain, trunk_dtype, trust_remote_code).eval()
         if has_heads(name):
             load_adapters(base, heads_directory(name))
-        engine = Engine(Trunk(base), None, rows, end_tokens(base))
+        engine = Engine(Trunk(base), None, rows, end_tokens(base), **settings)
     else:
         model = load(name, dtype=trunk_dtype, trust_remote_code=trust_remote_code)
         engine = model.engine(rows, **settings)
