@@ -6,9 +6,10 @@ from nextn.decoding.sampling import Sampling
 from nextn.decoding.tree import Tree
 from nextn.formats.native import load
 from nextn.model import MultiTokenModel, attach
-from nextn.training import Trainer
+from nextn.training import Calibration, Trainer
 
 __all__ = [
+    "Calibration",
     "MultiTokenConfig",
     "MultiTokenModel",
     "OutputConfig",
