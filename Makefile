@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --upgrade pip
-	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[eval,dev]'
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[train,eval,dev]'
 	touch $(STAMP)
 
 demo: $(STAMP)

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from nextn.config import ConfigError
+
+HEADS = "heads"  # the heads' name in a MultiTokenModel
 
 # Ways to initialise LoRA that take the adapter's share out of the base weights, so that the base is no longer itself.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -124,6 +126,38 @@ def add_adapters(base: PreTrainedModel, settings: dict[str, Any]) -> None:
         _check_adapted_modules(base)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lora: {str(error).splitlines()[0]}") from None
+
+
+def adopt_adapters(model: Any, configs: dict[str, Any]) -> None:
+    """Take adapters that peft has put into a whole MultiTokenModel: into the trunk, with the heads trained beside them.
+
+    peft matches names in the heads too, and freezes what has no adapter. Heads get plain layers again and become one of
+    the adapter's `modules_to_save`, which peft trains whole and saves and loads with the adapter.
+
+    Args:
+        configs: peft's, by the names of the adapters.
+
+    Raises:
+        ConfigError: for a trunk that is not to be trained or has adapters already, and for unsupported adapters.
+    """
+    from peft.utils.other import set_additional_trainable_modules
+
+    if model.multi_token.freeze_trunk:
+        raise ConfigError(
+            "Adapters train the trunk, which freeze_trunk=True rules out: attach with freeze_trunk=False."
+        )
+    if configs is getattr(model.base, "peft_config", None):
+        raise ConfigError("The base has adapters already: train these without peft_config, or merge them first.")
+    model.base.peft_config = configs
+    check_adapters(model.base)
+    for name, config in configs.items():
+        if HEADS not in (config.modules_to_save or []):
+            merge_adapters(model.heads)
+            config.modules_to_save = [*(config.modules_to_save or []), HEADS]
+            set_additional_trainable_modules(model, config, {}, name)
+    for module in model.heads.modules():  # peft copied the config too, but attention is switched in the trunk's
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config = model.trunk.config
 
 
 def active_adapters(base: PreTrainedModel) -> list[str]:

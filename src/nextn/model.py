@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, St
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput, logging
 
-from nextn.adapters import check_adapters, set_trained, unwrapped
+from nextn.adapters import adopt_adapters, check_adapters, set_trained, unwrapped
 from nextn.config import ConfigError, MultiTokenConfig, ObjectiveConfig, ScheduleConfig
 from nextn.decoding.drafting import HeadDrafter
 from nextn.decoding.engine import Code, Engine
@@ -27,11 +27,12 @@ from nextn.decoding.pace import Pace
 from nextn.decoding.sampling import Method
 from nextn.decoding.tree import Tree
 from nextn.heads import build_heads
-from nextn.heads.base import Text
+from nextn.heads.base import Heads, Text
 from nextn.losses import IGNORE, Depth, depth_losses, targets_at
 from nextn.output import Output, SharedOutput
 from nextn.support import check_heads, check_host
 from nextn.teachers import Teacher, TopTokens, TrunkStates
+from nextn.trainers import Backbone, join_loss
 from nextn.trunk import RaggedCache, Trunk, fingerprint
 
 logger = logging.get_logger("nextn")
@@ -88,6 +89,8 @@ class MultiTokenModel(PreTrainedModel):
         self.weights = config.weights.by_depth(config.n)  # a schedule may change them while training
         self.schedule = ScheduleConfig()  # a trainer sets it
         self.held_out_tau: float | None = None  # as it was last estimated in training
+        self.backbone = Backbone(self)
+        self.register_forward_hook(join_loss, with_kwargs=True)
         set_trained(base, not config.freeze_trunk)
         self.train(base.training)
         self._code: dict[Any, tuple[Any, Code | None]] = {}  # by what was asked for, see `compiled`
@@ -102,6 +105,33 @@ class MultiTokenModel(PreTrainedModel):
     def generation_config(self, config: GenerationConfig) -> None:
         if "base" in self._modules:  # the constructor of PreTrainedModel sets one before there is a base
             self.base.generation_config = config
+
+    @property
+    def base_model(self) -> Backbone:  # type: ignore[override]
+        """What trainers that compute the loss themselves call, see `nextn.trainers`."""
+        return self.backbone
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """The base's, by the names of its adapters."""
+        return self.base.peft_config
+
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, Any]) -> None:  # by peft, when it has put adapters into this model
+        adopt_adapters(self, configs)
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del self.base.peft_config
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The base's; peft asks for it."""
+        base: Any = self.base
+        return base.prepare_inputs_for_generation(*args, **kwargs)
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -162,8 +192,9 @@ class MultiTokenModel(PreTrainedModel):
             if not isinstance(module._gradient_checkpointing_func, _Checkpoint):
                 _refuse_reentrant(module._gradient_checkpointing_func)
                 module._gradient_checkpointing_func = _Checkpoint(module._gradient_checkpointing_func, self.trunk)
-            self.heads.gradient_checkpointing = True
-            self.heads._gradient_checkpointing_func = module._gradient_checkpointing_func
+            for heads in (part for part in self.heads.modules() if isinstance(part, Heads)):  # peft may wrap them
+                heads.gradient_checkpointing = True
+                heads._gradient_checkpointing_func = module._gradient_checkpointing_func
 
     def compile_layers(self) -> None:
         """Let torch.compile make machine code of each layer of trunk and heads when it is first called.
@@ -230,17 +261,28 @@ class MultiTokenModel(PreTrainedModel):
         if (top_tokens is None) != (top_log_probs is None) or (trunk_states is None and top_tokens is not None):
             raise ValueError("top_tokens, top_log_probs and trunk_states go together: give what trunk_outputs gave.")
         self.heads.follow_vocabulary(self.trunk)
-        text = as_text(input_ids, attention_mask, position_ids)
         if trunk_states is not None and self.heads.reads:
             raise ValueError("These heads read the trunk's keys and values: leave trunk_states out.")
         if trunk_states is not None and labels is not None:
+            text = as_text(input_ids, attention_mask, position_ids)
             teacher = self._teacher(None, trunk_states, top_tokens, top_log_probs)
             return self._loss(text, None, trunk_states, teacher, labels, num_items_in_batch)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.multi_token.freeze_trunk):
-            hidden, tapped = self.run_trunk(text)
+        text, hidden, tapped = self.run_backbone(input_ids, attention_mask, position_ids)
         if labels is None:
             return MultiTokenOutput(logits=self.trunk.logits(hidden))
         return self._loss(text, hidden, tapped, self._teacher(hidden), labels, num_items_in_batch)
+
+    def run_backbone(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> tuple[Text, Tensor, Tensor]:
+        """The text, the trunk's last state and the tapped one [B, T, D]; with gradients where the trunk is trained."""
+        text = as_text(input_ids, attention_mask, position_ids)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.multi_token.freeze_trunk):
+            return text, *self.run_trunk(text)
+
+    def loss_of_heads(self, text: Text, hidden: Tensor, tapped: Tensor, labels: Tensor) -> MultiTokenOutput:
+        """The loss of depths 2 … n, not divided: the sum over targets, for a trainer that has the rest of it."""
+        return self._loss(text, None, tapped, self._teacher(hidden), labels, 1)
 
     def run_trunk(self, text: Text) -> tuple[Tensor, Tensor]:
         """The trunk's last state [B, T, D] and the tapped one; keys that heads read are put into the text."""
@@ -511,6 +553,10 @@ class MultiTokenModel(PreTrainedModel):
         """
         from nextn.formats import native, publish
 
+        if not isinstance(self.heads, Heads):
+            raise ConfigError(
+                "peft holds the heads: call merge_and_unload() of the PeftModel, and save what it returns."
+            )
         settings, pushing = _split_arguments(kwargs, push_to_hub, publish.PUSHING)
         directory = Path(save_directory)
         if heads_only and merge_adapters:

@@ -28,6 +28,7 @@ from nextn.files import sha256, write_json
 from nextn.formats import native
 from nextn.guard import HeldOutGuard
 from nextn.model import MultiTokenModel, MultiTokenOutput
+from nextn.trainers import TrainerLink, by_depth
 
 CHECKSUMS = "checksums.json"  # of the files of a checkpoint
 CALIBRATION_BATCHES = 256  # at most; see `RidgeRegression` for how many are read
@@ -65,6 +66,7 @@ class Trainer(transformers.Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.remove_callback(TrainerLink)  # for trainers that know nothing of heads
         self.calibrate = calibrate
         if guard and self.eval_dataset is None:
             raise ConfigError("guard compares losses on held-out text: give an eval_dataset, or leave guard out.")
@@ -181,12 +183,12 @@ class Trainer(transformers.Trainer):
         weighted = torch.cat([batches[:, :1], batches[:, 1:] * batches[:, :1]], dim=1).sum(dim=0)
         counts = torch.tensor([len(self._accepted), sum(self._accepted)], dtype=torch.double)
         summed = torch.cat([weighted.cpu(), counts]).to(self.args.device, torch.float32)
-        tokens, *by_depth, steps, drafts = self.accelerator.reduce(summed, "sum").tolist()
+        tokens, *sums, steps, drafts = self.accelerator.reduce(summed, "sum").tolist()
         if not tokens:
             return {}
         figures = {"tokens": tokens}
         for place, name in enumerate(("loss", "accuracy")):
-            for depth, value in enumerate(by_depth[place * n : (place + 1) * n], start=1):
+            for depth, value in enumerate(sums[place * n : (place + 1) * n], start=1):
                 if value == value:  # a depth that is not computed is NaN
                     figures[f"{name}_{depth}"] = value / tokens
         if "loss_1" in figures and is_byte_tokenizer(self.processing_class):
@@ -206,11 +208,7 @@ class Trainer(transformers.Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._depths and "loss" in logs:
-            figures = torch.stack(self._depths).nanmean(dim=0).tolist()  # depths that were not computed are NaN
-            for name, by_depth in zip(("loss", "accuracy", "overlap"), figures, strict=True):
-                for depth, value in enumerate(by_depth, start=1):
-                    if value == value:
-                        logs[f"{name}_{depth}"] = round(value, 4)
+            logs |= by_depth(self._depths)
             tokens, now = self._tokens * self.args.world_size, time.monotonic()
             logs["tokens_per_second"] = round(tokens / max(now - self._since - self._aside, 1e-9), 1)
             self._depths, self._tokens, self._since, self._aside = [], 0, now, 0.0
