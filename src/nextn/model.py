@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -21,8 +21,8 @@ from nextn.adapters import adopt_adapters, check_adapters, set_trained, unwrappe
 from nextn.config import ConfigError, MultiTokenConfig, ObjectiveConfig, ScheduleConfig
 from nextn.decoding.drafting import HeadDrafter
 from nextn.decoding.engine import Code, Engine
-from nextn.decoding.generate import CACHE_NAME, CACHE_NAMES, custom_generate
-from nextn.decoding.generation_config import refuse, setting
+from nextn.decoding.generate import CACHE_NAME, CACHE_NAMES, check_inputs, custom_generate
+from nextn.decoding.generation_config import GenerateError, refuse, setting
 from nextn.decoding.pace import Pace
 from nextn.decoding.sampling import Method
 from nextn.decoding.tree import Tree
@@ -30,6 +30,7 @@ from nextn.heads import build_heads
 from nextn.heads.base import Heads, Text
 from nextn.losses import IGNORE, Depth, depth_losses, targets_at
 from nextn.output import Output, SharedOutput
+from nextn.pretrained import BaseInterface
 from nextn.support import check_heads, check_host
 from nextn.teachers import Teacher, TopTokens, TrunkStates
 from nextn.trainers import Backbone, join_loss
@@ -63,7 +64,7 @@ class MultiTokenOutput(ModelOutput):
     accepted: Tensor | None = None
 
 
-class MultiTokenModel(PreTrainedModel):
+class MultiTokenModel(BaseInterface):
     """Trunk and heads. Made by `nextn.attach` and `nextn.load`.
 
     `model(input_ids, labels=...)` gives the loss of the design under any trainer; `model.generate(...)` decodes with
@@ -137,11 +138,9 @@ class MultiTokenModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         return True  # the base has chosen already; transformers asks each class anew
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.base.get_output_embeddings()
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which compile and measure anew: compiled code and measured times stay behind."""
+        return self.__dict__ | {"_code": {}, "_paces": {}}
 
     def train(self, mode: bool = True) -> MultiTokenModel:
         """Set training or evaluation mode. A frozen trunk stays in evaluation mode.
@@ -436,6 +435,7 @@ class MultiTokenModel(PreTrainedModel):
         seed: int | None = None,
         sampling_method: Method = "coupled",
         compile: bool = False,
+        logprobs: int | None = None,
         **kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """The text of the base model, drafted by the heads: transformers' `generate`, only faster.
@@ -456,19 +456,28 @@ class MultiTokenModel(PreTrainedModel):
             compile: run the step as machine code. It is compiled once a machine for each batch size, which takes
                 minutes, and loaded in seconds after that. When weights or active adapters have changed it is compiled
                 anew.
+            logprobs: with `return_dict_in_generate`, log-probabilities of the tokens, and of so many of the most
+                probable ones, see `Sampling`.
 
         Returns:
             input_ids and the new tokens [B, T + new], shorter rows filled with the padding token; or what
-            `return_dict_in_generate` asks for. Its `cache` (`past_key_values` before transformers 5.24), given to the
-            next turn together with the whole text, spares reading again what was read; either name is accepted.
+            `return_dict_in_generate` asks for, with `spec_decoding_stats` and `logprobs` (`MultiTokenGenerateOutput`).
+            Its `cache` (`past_key_values` before transformers 5.24), given to the next turn together with the whole
+            text, spares reading again what was read; either name is accepted.
 
         Raises:
             GenerateError, PromptError, SamplingError: for what cannot be; the message says why.
         """
         if heads not in (None, 1):
             raise ValueError(f"heads is {heads}; give 1 for the plain model, or None for all heads.")
-        if "inputs" in kwargs:
+        if "inputs" in kwargs and input_ids is None:
             input_ids = kwargs.pop("inputs")
+        if input_ids is not None:
+            check_inputs(input_ids, kwargs.get("attention_mask"))
+        if "custom_generate" in kwargs:
+            raise GenerateError("custom_generate is given, but nextn decodes itself: call generate of model.base.")
+        if not isinstance(generation_config, GenerationConfig | None):
+            raise GenerateError(f"generation_config is {generation_config!r}; give a GenerationConfig.")
         for name in CACHE_NAMES:
             if name in kwargs:
                 kwargs[CACHE_NAME] = kwargs.pop(name)
@@ -484,7 +493,7 @@ class MultiTokenModel(PreTrainedModel):
             kwargs["stop_strings"] = None
         ours = {
             "heads": self, "plain": heads == 1, "seed": seed, "sampling_method": sampling_method, "depth": depth,
-            "tree": tree, "compile": compile, "token_streamer": streamer,
+            "tree": tree, "compile": compile, "token_streamer": streamer, "logprobs": logprobs,
         }  # fmt: skip
         # transformers passes on what the function names, and keeps a `streamer` for itself.
         generate: Any = self.base.generate
@@ -565,6 +574,7 @@ class MultiTokenModel(PreTrainedModel):
             where = {name: pushing[name] for name in ("private", "token", "revision") if name in pushing}
             pushing["repo_id"] = publish.make_repository(pushing.get("repo_id", directory.resolve().name), **where)
             pushing.pop("private", None)
+            pushing["tags"] = [*(pushing.get("tags") or ()), *(self.model_tags or ())]
             base_name = native.public_name(self, base_name, None if heads_only else pushing["repo_id"])
         before = native.written(directory)
         if not heads_only:

@@ -64,6 +64,7 @@ def card_of(files):
 
 def test_a_pushed_model_is_opened_by_nextn_and_by_transformers(hub, tmp_path):
     model = attached()
+    model.add_model_tags("sft")
     info = model.push_to_hub(
         "me/whole", tokenizer=make_tokenizer(), private=True, commit_message="First", tags=["tiny"]
     )
@@ -82,7 +83,7 @@ def test_a_pushed_model_is_opened_by_nextn_and_by_transformers(hub, tmp_path):
         assert_same(loaded, model)
     assert torch.equal(tf.AutoModelForCausalLM.from_pretrained("me/whole")(IDS).logits, model.base(IDS).logits)
     card = card_of(files)
-    assert card.data.tags == ["nextn", "multi-token-prediction", "tiny"] and card.data.library_name == "nextn"
+    assert card.data.tags == ["nextn", "multi-token-prediction", "tiny", "sft"] and card.data.library_name == "nextn"
     assert 'nextn.load("me/whole")' in card.text and "3: the next token and 2 drafts" in card.text
 
 

@@ -137,7 +137,8 @@ class Batch(Slots):
         rows = torch.arange(len(path), device=path.device)[:, None]
         positions = only_standing(positions[rows, path], accepted)
         self.pending, self.lengths = standing(run, accepted, self.lengths)
-        kept = (scores[rows, path], logits[rows, path]) if self.keep_scores else (None, None)
+        keeps_logits = self.keep_scores or any(row and row.sampling.logprobs is not None for row in self.slots)
+        kept = (scores[rows, path], logits[rows, path]) if keeps_logits else (None, None)
         return Step(list(self.slots), run, accepted, tapped[rows, path], positions, *kept)
 
     @staticmethod

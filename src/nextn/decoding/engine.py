@@ -182,7 +182,8 @@ class Engine(Batch):
         Args:
             max_new_tokens: the longest continuation, or one for each prompt; a text also ends where the trunk can go no
                 further (longrope).
-            on_tokens: called with (index, tokens, origins) whenever a row emits.
+            on_tokens: called with (index, tokens, origins) whenever a row emits; `running[index]` is what the row gave
+                so far, with counts and log-probabilities.
             sampling: how tokens are chosen: one for all prompts, whose seeds are then derived from its seed, or one for
                 each prompt, with the seeds that they have.
             stop: called with (index, the text so far) after every token; true ends the text with that token.
@@ -216,6 +217,11 @@ class Engine(Batch):
             row.on_tokens, row.stop = on_tokens, stop
         return self._run(rows, keep_scores)
 
+    @property
+    def running(self) -> dict[int, Generation]:
+        """The generations in the slots as they are so far, by the index of their prompt; for `on_tokens` to look at."""
+        return {row.index: row.result for row in self.slots if row is not None}
+
     def cancel(self, index: int) -> None:
         """End the text of a prompt of the running `generate`, before its next step; it finishes as `cancelled`."""
         self._cancelled.add(index)
@@ -246,7 +252,7 @@ class Engine(Batch):
         return [
             Row(
                 index=index,
-                result=Generation(list(prompt)),
+                result=Generation(list(prompt), num_spec_tokens=self.n - 1),
                 limit=self._room_for(prompt, limit),
                 sampling=each.for_one_text() if count > 1 else each,
                 seed=seed,
@@ -392,8 +398,9 @@ class Engine(Batch):
                 row.result.finish, row.result.error = "", None
                 self._take_back(slot, before)
             elif not row.result.finish:
-                kept = self.kept(slot, count + 1, step.scores, step.logits)
-                row.emit(Run(run[: count + 1], [*range(1, count + 1), 0], count, drafted, **kept))
+                tokens = run[: count + 1]
+                kept = self.kept(row, slot, tokens, step.scores, step.logits)
+                row.emit(Run(tokens, [*range(1, count + 1), 0], count, drafted, **kept))
 
     def _take_back(self, slot: int, before: tuple[Tensor, Tensor]) -> None:
         """Undo a step of a row whose logits are no numbers, or whose processors raised: it may be a draft's doing.

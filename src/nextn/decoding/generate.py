@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -23,8 +24,9 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 
 from nextn.decoding.engine import Engine, Generation, PromptError
-from nextn.decoding.generation_config import GenerateError, refuse
+from nextn.decoding.generation_config import DRAFTS, GenerateError, refuse
 from nextn.decoding.sampling import Method, Sampling, prompt_seeds
+from nextn.decoding.stats import Logprob, SpecDecodingStats
 from nextn.decoding.tree import Tree
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,19 @@ class WithHeads(Protocol):
         """See `MultiTokenModel.compiled`."""
 
 
+@dataclass
+class MultiTokenGenerateOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with `return_dict_in_generate`, beside what transformers has in it.
+
+    spec_decoding_stats: by row, how many tokens were drafted and accepted.
+    logprobs: by row and new token, its log-probability and those of the most probable tokens, by token id; None where
+        `logprobs` was not given.
+    """
+
+    spec_decoding_stats: list[SpecDecodingStats] | None = None
+    logprobs: list[list[dict[int, Logprob]]] | None = None
+
+
 class KeptTexts(Cache):
     """What an engine has read, for the next turn: pass it to `generate` as `cache`, with the whole text as input_ids.
 
@@ -98,6 +113,7 @@ def custom_generate(
     depth: int | str | None = "auto",
     tree: Tree | None = None,
     compile: bool = False,
+    logprobs: int | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """What `model.generate(custom_generate=nextn.custom_generate, heads=...)` calls.
@@ -113,10 +129,11 @@ def custom_generate(
         token_streamer: a transformers streamer (batch 1), another name for `streamer`.
         depth, tree: see `Engine`.
         compile: see `MultiTokenModel.generate`.
+        logprobs: with `return_dict_in_generate`, log-probabilities of the tokens, see `Sampling`.
 
     Returns:
         sequences [B, T + new], shorter ones filled with the padding token; or with `return_dict_in_generate` a
-        `GenerateDecoderOnlyOutput`, whose `cache` (before transformers 5.24: `past_key_values`) is for the next turn.
+        `MultiTokenGenerateOutput`, whose `cache` (before transformers 5.24: `past_key_values`) is for the next turn.
         Scores after a row's end are 0.
 
     Raises:
@@ -131,7 +148,7 @@ def custom_generate(
     called_with = _arguments_of_generate()
     streamer = called_with.get("streamer") if token_streamer is None else token_streamer
     ends = [each.max_length for each in stopping_criteria if type(each).__name__ == "MaxLengthCriteria"]
-    new = min([generation_config.max_length, *ends]) - input_ids.shape[1]
+    new = math.ceil(min([generation_config.max_length, *ends])) - input_ids.shape[1]
     refuse(generation_config)
     _refuse_arguments(called_with)
     _refuse(generation_config, input_ids, model_kwargs, streamer, new)
@@ -140,6 +157,8 @@ def custom_generate(
     prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
     padding = [input_ids.shape[1] - len(prompt) for prompt in prompts]
     stop_tokens, stop, batch_criteria = _stops(stopping_criteria, input_ids, padding)
+    if logprobs is not None and not generation_config.return_dict_in_generate:
+        raise GenerateError("logprobs are part of the output of return_dict_in_generate=True: give that, too.")
     keep_scores = bool(
         generation_config.return_dict_in_generate
         and (generation_config.output_scores or generation_config.output_logits)
@@ -149,7 +168,7 @@ def custom_generate(
     texts = _texts(past, heads, len(prompts), keep, plain, depth, tree)
     engine = texts.engine
     if compile:
-        chance = bool(logits_processor) or keep_scores or _samples(generation_config)
+        chance = bool(logits_processor) or keep_scores or _samples(generation_config) or logprobs is not None
         heads.compiled(engine, 1 if plain else None, chance)
     engine.stop_tokens = frozenset(stop_tokens)
     pad = _padding_token(generation_config, stop_tokens)
@@ -160,7 +179,7 @@ def custom_generate(
         prompts,
         max_new_tokens=new,
         on_tokens=_streaming(streamer) if judge is None else judge.add,
-        sampling=_samplings(generation_config, logits_processor, seed, sampling_method, padding),
+        sampling=_samplings(generation_config, logits_processor, seed, sampling_method, padding, logprobs),
         stop=stop,
         keep_scores=keep_scores,
     )
@@ -170,7 +189,38 @@ def custom_generate(
         raise error
     if streamer is not None:
         streamer.end()
-    return _output(found, input_ids, generation_config, pad, texts)
+    return _output(found, input_ids, generation_config, pad, texts, logprobs is not None)
+
+
+def check_inputs(input_ids: Any, attention_mask: Any = None) -> None:
+    """Refuse what is not token ids [B, T] or their mask, on which transformers would fail deep inside.
+
+    Args:
+        attention_mask: of the same shape; None where there is none.
+
+    Raises:
+        GenerateError: says what to give instead.
+    """
+    texts = [input_ids] if isinstance(input_ids, str) else input_ids
+    if isinstance(texts, list | tuple) and any(isinstance(each, str) for each in texts):
+        raise GenerateError(
+            "generate takes token ids, not text: encode it first, inputs = tokenizer(text, return_tensors='pt'), and "
+            "call generate(**inputs)."
+        )
+    if isinstance(input_ids, Mapping):
+        raise GenerateError("The inputs are given as one mapping: pass its parts by name, generate(**inputs).")
+    if not isinstance(input_ids, Tensor):
+        raise GenerateError(f"input_ids is a {type(input_ids).__name__}; give a tensor of token ids [B, T].")
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool or input_ids.ndim != 2:
+        name = str(input_ids.dtype).removeprefix("torch.")
+        raise GenerateError(
+            f"input_ids has the shape {list(input_ids.shape)} and the dtype {name}; give token ids [B, T] as integers."
+        )
+    if attention_mask is None:
+        return
+    shape: Sequence[int] = getattr(attention_mask, "shape", ())  # too wide: see `_refuse`
+    if len(shape) != 2 or shape[0] != input_ids.shape[0] or shape[1] < input_ids.shape[1]:
+        raise GenerateError("attention_mask is no tensor of the shape of input_ids [B, T]: pass the tokenizer's own.")
 
 
 def _arguments_of_generate() -> dict[str, Any]:
@@ -246,12 +296,16 @@ class BatchCriteria:
 
     def cut(self, row: int, result: Generation) -> None:
         """Take back the tokens after a row's end."""
-        for values in (result.tokens, result.origins, result.scores, result.logits):
-            del values[self._ends[row] :]
+        result.cut(self._ends[row])
 
 
 def _output(
-    found: Sequence[Generation], input_ids: Tensor, config: GenerationConfig, pad: int, texts: KeptTexts
+    found: Sequence[Generation],
+    input_ids: Tensor,
+    config: GenerationConfig,
+    pad: int,
+    texts: KeptTexts,
+    keeps_logprobs: bool,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """What transformers' users expect."""
     tokens = [torch.tensor(each.tokens, device=input_ids.device) for each in found]
@@ -259,10 +313,12 @@ def _output(
     sequences = torch.cat([input_ids, filled], dim=1)
     if not config.return_dict_in_generate:
         return sequences
-    return GenerateDecoderOnlyOutput(
+    return MultiTokenGenerateOutput(
         sequences=sequences,  # type: ignore[arg-type]
         scores=_by_step(found, "scores") if config.output_scores else None,  # type: ignore[arg-type]
         logits=_by_step(found, "logits") if config.output_logits else None,  # type: ignore[arg-type]
+        spec_decoding_stats=[each.spec_decoding_stats for each in found],
+        logprobs=[each.logprobs for each in found] if keeps_logprobs else None,
         **{CACHE_NAME: texts if config.use_cache else None},  # type: ignore[arg-type]
     )
 
@@ -276,7 +332,7 @@ def _padding_token(config: GenerationConfig, stop_tokens: set[int]) -> int:
 def _refuse_arguments(called_with: dict[str, Any]) -> None:
     """Refuse arguments of `generate` that transformers drops in front of a custom function."""
     for name, why in (
-        ("assistant_model", "nextn's heads make the drafts"),
+        ("assistant_model", DRAFTS),
         ("synced_gpus", "each process decodes by itself"),
     ):
         if called_with.get(name):
@@ -338,10 +394,16 @@ def _samples(config: GenerationConfig) -> bool:
 
 
 def _samplings(
-    config: GenerationConfig, processors: Sequence[Any], seed: int | None, method: Method, padding: Sequence[int]
+    config: GenerationConfig,
+    processors: Sequence[Any],
+    seed: int | None,
+    method: Method,
+    padding: Sequence[int],
+    logprobs: int | None,
 ) -> list[Sampling]:
     """How each prompt's tokens are chosen; `processors` hold the temperature and its kin."""
-    common = Sampling(float(_samples(config)), seed=seed, processors=tuple(processors), method=method)
+    temperature = float(_samples(config))
+    common = Sampling(temperature, seed=seed, processors=tuple(processors), method=method, logprobs=logprobs)
     seeds = prompt_seeds(common.seed if common.by_chance else 0, len(padding))
     by_padding = {pads: replace(common, processors=_without_padding(processors, pads)) for pads in set(padding)}
     return [replace(by_padding[pads], seed=own) for own, pads in zip(seeds, padding, strict=True)]

@@ -62,7 +62,7 @@ def _is_kept_elsewhere(value: Any, _config: GenerationConfig) -> bool:
 
 
 _BEAMS = "for beam search, which is refused"
-_DRAFTS = "nextn's heads make the drafts"
+DRAFTS = "nextn's heads make the drafts"
 _ASSISTED = "for assisted generation, which is refused"
 
 FIELDS: dict[str, Decision] = {
@@ -77,7 +77,7 @@ FIELDS: dict[str, Decision] = {
     # Strategy
     "do_sample": _honoured("by nextn's own noise, see `seed`"),
     "num_beams": _refused("nextn decodes one text a row, not beams", _more_than_one),
-    "use_mtp": _refused(_DRAFTS),
+    "use_mtp": _refused(DRAFTS),
     # Cache
     "use_cache": _honoured("False: no cache is returned; nextn's own one is used all the same"),
     "cache_implementation": _refused(
@@ -129,13 +129,13 @@ FIELDS: dict[str, Decision] = {
     "num_assistant_tokens": _no_effect(_ASSISTED),
     "num_assistant_tokens_schedule": _no_effect(_ASSISTED),
     "assistant_confidence_threshold": _no_effect(_ASSISTED),
-    "prompt_lookup_num_tokens": _refused(_DRAFTS, _is_given),
+    "prompt_lookup_num_tokens": _refused(DRAFTS, _is_given),
     "max_matching_ngram_size": _no_effect("for prompt lookup, which is refused"),
-    "assistant_early_exit": _refused(_DRAFTS, _is_given),
+    "assistant_early_exit": _refused(DRAFTS, _is_given),
     "assistant_lookbehind": _no_effect(_ASSISTED),
     "target_lookbehind": _no_effect(_ASSISTED),
     "assistant_ensemble_weight": _refused("nextn accepts only what the model itself would choose", _is_given),
-    "speculation_type": _refused(_DRAFTS),
+    "speculation_type": _refused(DRAFTS),
     # Performance
     "compile_config": _no_effect("see `compile`"),
     "disable_compile": _no_effect("see `compile`"),

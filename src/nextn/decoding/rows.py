@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from nextn.decoding.pace import Tally
 from nextn.decoding.sampling import GREEDY, Sampling
+from nextn.decoding.stats import Logprob, SpecDecodingStats
 
 OnTokens = Callable[[int, list[int], list[int]], None]
 Stop = Callable[[int, list[int]], bool]
@@ -31,6 +33,8 @@ class Generation:
     finish: `stop` (a stop token or a stopping criterion), `length`, `cancelled` or `error`.
     error: what went wrong; the tokens before it are right.
     scores, logits: for each token what it was chosen by [V], after the processors and before; where asked for.
+    logprobs: for each token its log-probability and those of the most probable ones, see `Sampling`; where asked for.
+    num_spec_tokens: how many drafts a step has at most, n - 1.
     """
 
     prompt: list[int]
@@ -42,6 +46,21 @@ class Generation:
     error: Exception | None = None
     scores: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    num_spec_tokens: int = 0
+
+    @property
+    def spec_decoding_stats(self) -> SpecDecodingStats:
+        """What was drafted and accepted so far."""
+        return SpecDecodingStats.of(self.drafted, self.accepted, self.num_spec_tokens)
+
+    def cut(self, length: int) -> None:
+        """Take back the tokens after so many, and the steps that they came from."""
+        for values in (self.tokens, self.origins, self.scores, self.logits, self.logprobs):
+            del values[length:]
+        ends = accumulate((count + 1 for count in self.accepted), initial=1)
+        whole = sum(end <= length for end in ends) - 1
+        del self.accepted[max(0, whole) :], self.drafted[max(0, whole) :]
 
 
 @dataclass
@@ -50,7 +69,7 @@ class Run:
 
     tokens, origins: as in `Generation`; a token -1 stands for logits that are not numbers.
     accepted, drafted: None for the token that follows a prefill.
-    scores, logits: of each token [V], where they are kept.
+    scores, logits, logprobs: of each token, where they are kept.
     """
 
     tokens: list[int]
@@ -59,6 +78,7 @@ class Run:
     drafted: int = 0
     scores: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -102,6 +122,7 @@ class Row:
         result.origins += run.origins[:end]
         result.scores += run.scores[:end]
         result.logits += run.logits[:end]
+        result.logprobs += run.logprobs[:end]
         if run.accepted is not None and end == len(run.tokens):
             result.accepted.append(run.accepted)
             result.drafted.append(run.drafted)

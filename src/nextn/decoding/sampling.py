@@ -70,6 +70,8 @@ class Sampling:
         probability min(1, p/q) (Leviathan et al. 2023, arXiv:2211.17192); the same distribution, another text.
     sampled_drafts: with rejection, whether drafts are drawn from the heads' distribution, or are their best tokens.
     block: with rejection, decide over all drafts of a step together (Sun et al. 2024, arXiv:2403.10444).
+    logprobs: keep the log-probability of each token, and of so many of the most probable ones: `Generation.logprobs`.
+        They are those of the model, before processors and temperature. None (default) keeps none.
 
     Raises:
         SamplingError: for values that have no meaning.
@@ -85,6 +87,7 @@ class Sampling:
     method: Method = "coupled"
     sampled_drafts: bool = True
     block: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "processors", tuple(self.processors))
@@ -95,6 +98,8 @@ class Sampling:
         object.__setattr__(self, "top_k", _integer("top_k", self.top_k))
         if self.seed is not None:
             object.__setattr__(self, "seed", _integer("seed", self.seed, otherwise=", or None to draw one"))
+        if self.logprobs is not None:
+            object.__setattr__(self, "logprobs", _integer("logprobs", self.logprobs, otherwise=", or None for none"))
         checks = {
             "temperature must be 0 (greedy) or more": self.temperature >= 0,
             "top_k must be 0 (off) or more": self.top_k >= 0,
@@ -103,6 +108,7 @@ class Sampling:
             "repetition_penalty must be above 0": self.repetition_penalty > 0,
             "method must be coupled or rejection": self.method in ("coupled", "rejection"),
             "block goes with method='rejection'": not self.block or self.method == "rejection",
+            "logprobs must be 0 (of the chosen tokens alone) or more": self.logprobs is None or self.logprobs >= 0,
         }
         for message, holds in checks.items():
             if not holds:
@@ -121,7 +127,7 @@ class Sampling:
     @property
     def is_greedy(self) -> bool:
         """Whether the trunk's best token is all that counts."""
-        return not self.by_chance and not self.all_processors
+        return not self.by_chance and not self.all_processors and self.logprobs is None
 
     @cached_property
     def all_processors(self) -> LogitsProcessorList:

@@ -21,6 +21,7 @@ from nextn.config import Tap
 from nextn.decoding.choosing import DrawOne, choose
 from nextn.decoding.drafting import Drafter, HeadDrafter
 from nextn.decoding.rows import DecodingError, Held, Row, Run
+from nextn.decoding.stats import logprobs_of
 from nextn.decoding.tree import Tree
 from nextn.trunk import RaggedCache, Trunk, is_out_of_memory
 
@@ -244,7 +245,7 @@ class Slots:
         self.pending[slots], self.lengths[slots] = targets[:, 0], at[:, 0]
         for place, (row, token) in enumerate(zip(members, targets[:, 0].tolist(), strict=True)):
             if not row.result.finish:
-                row.emit(Run([token], [0], **self.kept(place, 1, scores, logits)))
+                row.emit(Run([token], [0], **self.kept(row, place, [token], scores, logits)))
 
     def _todo(self, slot: int) -> int:
         row = self.slots[slot]
@@ -261,11 +262,26 @@ class Slots:
         if self.drafter:
             self.drafter.forget(slot, start=row.read)
 
-    def kept(self, place: int, count: int, scores: Tensor | None, logits: Tensor | None) -> dict[str, Any]:
-        if not self.keep_scores or scores is None or logits is None:
-            return {}
-        # Machine code may write there again.
-        return {"scores": list(scores[place, :count].clone()), "logits": list(logits[place, :count].float().clone())}
+    def kept(
+        self, row: Row, place: int, tokens: list[int], scores: Tensor | None, logits: Tensor | None
+    ) -> dict[str, Any]:
+        """What a row keeps beside its next tokens, by the names that `Run` has for it.
+
+        Args:
+            place: of the row in scores and logits [B, W, V].
+        """
+        kept: dict[str, Any] = {}
+        if logits is None:
+            return kept
+        count, top = len(tokens), row.sampling.logprobs
+        if top is not None:
+            kept["logprobs"] = logprobs_of(logits[place, :count], tokens, top)
+        if self.keep_scores and scores is not None:  # machine code may write there again
+            kept |= {
+                "scores": list(scores[place, :count].clone()),
+                "logits": list(logits[place, :count].float().clone()),
+            }
+        return kept
 
 
 def fits(work: Callable[[], Any]) -> Any:

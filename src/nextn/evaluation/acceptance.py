@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from nextn.decoding.engine import Engine, Generation
+from nextn.decoding.stats import SpecDecodingStats
 from nextn.distill import like_lengths_together
 from nextn.model import MultiTokenModel, as_text
 
@@ -40,11 +41,13 @@ class Acceptance:
         def count(accepted: int, drafted: int) -> int:
             return sum(a >= accepted and d >= drafted for a, d in steps)
 
+        stats = SpecDecodingStats.of([d for _, d in steps], [a for a, _ in steps], n - 1)
+        by_draft = zip(stats.num_accepted_tokens_per_pos, stats.num_draft_tokens_per_pos, strict=True)
         return cls(
-            steps=len(steps),
-            tau=1 + sum(a for a, _ in steps) / len(steps) if steps else float("nan"),
+            steps=stats.num_steps,
+            tau=stats.mean_acceptance_length,
             conditional=[_share(count(draft, draft), count(draft - 1, draft)) for draft in range(1, n)],
-            cumulative=[_share(count(draft, draft), count(0, draft)) for draft in range(1, n)],
+            cumulative=[_share(accepted, drafted) for accepted, drafted in by_draft],
         )
 
 

@@ -34,6 +34,12 @@ def find(name: str) -> str:
     return str(bundled_model()) if name == NAME else name
 
 
+def name_of(path: str) -> str:
+    """The bundled model's name for the directory where it lies on this machine, any other path or name as it is."""
+    directory = cache_directory() / NAME
+    return NAME if path and Path(path).resolve() == directory.resolve() else path
+
+
 def bundled_model(say: Callable[[str], None] = lambda message: None) -> Path:
     """The directory of the bundled model; fetched and converted where it is not there yet.
 

@@ -55,7 +55,7 @@ from nextn.digest import add_tensor
 from nextn.files import replacing, write_json
 from nextn.formats import FormatError
 from nextn.formats.bundled import NAME as BUNDLED
-from nextn.formats.bundled import find, shipped_heads
+from nextn.formats.bundled import find, name_of, shipped_heads
 from nextn.formats.card import FILE as CARD
 from nextn.formats.card import card
 from nextn.formats.checks import check_directory, check_header, check_weights, read_json, reading
@@ -225,6 +225,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _lasting(name: str) -> str:
     """A directory's name from anywhere; the name of a model on the hub or of the bundled one as it is."""
+    name = name_of(name)
     return str(Path(name).resolve()) if name != BUNDLED and name and Path(name).is_dir() else name
 
 
@@ -238,7 +239,7 @@ def public_name(model: MultiTokenModel, base_name: str | None, repo_id: str | No
     Raises:
         FormatError: where the base has no name that others can use.
     """
-    name = base_name or model.base.config._name_or_path
+    name = name_of(base_name or model.base.config._name_or_path)
     if is_hub_name(name) or name == BUNDLED:
         return name
     if repo_id is None:
