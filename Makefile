@@ -19,6 +19,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-slow: $(STAMP)
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[bitsandbytes]'
 	$(VENV)/bin/python -m pytest -m slow
 
 # The other supported versions of torch and transformers; makes and removes an environment for each.

@@ -26,9 +26,13 @@ def telling(self: training.Trainer, *args: Any, **kwargs: Any) -> None:
     save_model(self, *args, **kwargs)
 
 
-if "--set=training.fsdp=true" in sys.argv:
+def allow_fsdp() -> None:
+    """Let accelerate turn FSDP on in this process."""
     PartialState.__init__ = as_on_accelerators
-training.Trainer.save_model = telling
+
 
 if __name__ == "__main__":
+    if "--set=training.fsdp=true" in sys.argv:
+        allow_fsdp()
+    training.Trainer.save_model = telling
     main()

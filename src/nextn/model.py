@@ -31,6 +31,7 @@ from nextn.heads.base import Heads, Text
 from nextn.losses import IGNORE, Depth, depth_losses, targets_at
 from nextn.output import Output, SharedOutput
 from nextn.pretrained import BaseInterface
+from nextn.quantized import why_untrainable
 from nextn.support import check_heads, check_host
 from nextn.teachers import Teacher, TopTokens, TrunkStates
 from nextn.trainers import Backbone, join_loss
@@ -92,7 +93,10 @@ class MultiTokenModel(BaseInterface):
         self.held_out_tau: float | None = None  # as it was last estimated in training
         self.backbone = Backbone(self)
         self.register_forward_hook(join_loss, with_kwargs=True)
-        set_trained(base, not config.freeze_trunk)
+        self._why_untrainable = None if config.freeze_trunk else why_untrainable(base)
+        set_trained(base, not config.freeze_trunk and self._why_untrainable is None)
+        if getattr(base, "hf_device_map", None):
+            self.hf_device_map = base.hf_device_map  # which tells Trainer not to move it
         self.train(base.training)
         self._code: dict[Any, tuple[Any, Code | None]] = {}  # by what was asked for, see `compiled`
         self._paces: dict[Any, dict[int, Pace]] = {}  # what steps take and what drafts bring, see `engine`
@@ -125,15 +129,6 @@ class MultiTokenModel(BaseInterface):
     def peft_config(self) -> None:
         del self.base.peft_config
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The base's; peft asks for it."""
-        base: Any = self.base
-        return base.prepare_inputs_for_generation(*args, **kwargs)
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        return True
-
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True  # the base has chosen already; transformers asks each class anew
@@ -148,6 +143,8 @@ class MultiTokenModel(BaseInterface):
         Heads become float32 when training begins, whatever the trunk's dtype is, and stay so: in half precision their
         small updates would be rounded away.
         """
+        if mode and self._why_untrainable is not None:
+            raise ConfigError(self._why_untrainable)
         super().train(mode)
         if self.multi_token.freeze_trunk:
             self.base.eval()
@@ -721,6 +718,8 @@ def attach(
     Raises:
         HostError, ConfigError: where the host or the config cannot work; the message says why.
     """
+    if not config.freeze_trunk and (why := why_untrainable(unwrapped(base))) is not None:
+        raise ConfigError(why)
     model = MultiTokenModel(base, config)
     try_heads(model)
     if model.trunk.device.type != "meta":

@@ -9,7 +9,6 @@ Shapes: B batch, T time, S keys, H heads, D model width, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import json
@@ -32,6 +31,14 @@ from nextn.adapters import adapter_layers, merge_adapters
 from nextn.attention import chain_attention
 from nextn.config import Tap
 from nextn.logits import LogitTransform
+from nextn.quantized import (
+    has_quantized_weights,
+    inner_tensors,
+    keep_layout,
+    quantization_method,
+    trainable_copy,
+    why_unfit,
+)
 
 # Attention patterns that a buffer of full length can serve, and so can be rolled back.
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
@@ -64,6 +71,7 @@ class Trunk:
 
     def __init__(self, model: PreTrainedModel) -> None:
         _refuse_unfit(model)
+        keep_layout(model)
         self.model = model
         self.decoder: Any = model.get_decoder()
         self.config = self.decoder.config
@@ -167,13 +175,15 @@ class Trunk:
     def new_layer(self, dense: bool = False) -> nn.Module:
         """A decoder layer like the host's last one, weights included: the start of a head.
 
-        Active adapters of the host are merged into the copy, which has none itself.
+        Active adapters of the host are merged into the copy, which has none itself, and quantized weights become
+        floating-point ones of the trunk's dtype.
 
         Args:
             dense: with the MLP of the host's last layer without experts.
 
         Raises:
-            HostError: where all layers of the host have experts, or where its layers have several attentions.
+            HostError: where all layers of the host have experts, where its layers have several attentions, or where
+                weights are quantized so that they cannot be trained.
         """
         name = type(self.model).__name__
         parts = [part for part in self.layers[-1].modules() if part is not self.layers[-1]]
@@ -183,18 +193,24 @@ class Trunk:
                 "choose eagle3 heads or parallel heads with head='linear' or 'residual_mlp', or decode without heads."
             )
         shared = {id(self.config): self.config}  # the config is not copied: it says which attention runs
-        layer: Any = copy.deepcopy(self.layers[-1], shared)
+        layer: Any = trainable_copy(self.layers[-1], shared, self.dtype)
         if dense:
-            plain = [each.mlp for each in self.layers if not hasattr(each.mlp, "experts")]
+            plain: list[Any] = [each.mlp for each in self.layers if not hasattr(each.mlp, "experts")]
             if not plain:
                 raise HostError(f"{name} has experts in every layer; leave dense out.")
-            layer.mlp = copy.deepcopy(plain[-1], shared)
+            layer.mlp = trainable_copy(plain[-1], shared, self.dtype)
         merge_adapters(layer)
+        if has_quantized_weights(layer):
+            raise HostError(
+                f"{name} has decoder layers quantized by {quantization_method(self.model)} in a way that heads cannot "
+                "be copied from: choose eagle3 or shared_kv heads, or parallel heads with head='linear' or "
+                "'residual_mlp', or load the base without quantization."
+            )
         return layer.requires_grad_(True)
 
     def new_norm(self, like_final: bool = False) -> nn.Module:
         """A norm of the host's class: neutral, or with the weights of the host's final norm."""
-        norm = copy.deepcopy(self.norm).requires_grad_(True)
+        norm = trainable_copy(self.norm, {}, self.dtype).requires_grad_(True)
         if not like_final:
             fresh = type(self.norm)(self.width)  # each class knows whether its neutral weight is 0 or 1
             norm.load_state_dict(fresh.to(device=self.device, dtype=self.dtype).state_dict())
@@ -389,7 +405,7 @@ def fingerprint(module: nn.Module) -> str:
     `.data` leaves the counter as it is. An edit of single values that way may go unnoticed.
     """
     held = (tensor for part in module.modules() for tensor in (*part._parameters.values(), *part._buffers.values()))
-    tensors = [tensor for tensor in held if tensor is not None]
+    tensors = [part for tensor in held if tensor is not None for part in inner_tensors(tensor)]
     stamps = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.shape) for tensor in tensors]
     samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
@@ -823,6 +839,8 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
         raise HostError(f"{name} is an encoder-decoder model; nextn works on decoder-only causal language models.")
     if model.get_output_embeddings() is None:
         raise HostError(f"{name} has no language model head; load it with AutoModelForCausalLM.")
+    if (why := why_unfit(model)) is not None:
+        raise HostError(f"{name} {why}.")
     decoder = model.get_decoder()
     if not hasattr(decoder, "config"):
         raise HostError(f"{name} does not say which of its parts is the decoder; not supported yet.")
@@ -843,7 +861,10 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
         )
     attention = decoder.config._attn_implementation
     if attention not in ("sdpa", "eager", ATTENTION):
-        raise HostError(f"{name} uses attn_implementation='{attention}'; load it with attn_implementation='sdpa'.")
+        raise HostError(
+            f"{name} uses attn_implementation='{attention}'; load it with attn_implementation='sdpa', or "
+            "call its set_attn_implementation('sdpa') first."
+        )
 
 
 def _layer_types_or_none(decoder: nn.Module) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from nextn.config import cache_directory
 from nextn.decoding.batch import Step
 from nextn.decoding.choosing import DrawOne
-from nextn.decoding.compiled import Progress, compiled, key, machine_name, recall, remember
+from nextn.decoding.compiled import CompileError, Progress, compiled, key, machine_name, recall, remember
 from nextn.decoding.drafting import Asked, Codes, Draft, Drafts, HeadDrafter, NoisyDraft
 from nextn.decoding.pace import TREE, Profile
 from nextn.decoding.rows import DecodingError, Generation, Row
@@ -25,6 +25,7 @@ from nextn.decoding.sampling import GREEDY, Sampling
 from nextn.decoding.tree import Chances
 from nextn.decoding.verify import Draw, Score, Verify, judged
 from nextn.digest import shapes_of, structure_of
+from nextn.quantized import why_eager
 from nextn.store import Store
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class Code:
 
 def build(engine: Engine, progress: Progress, sampling: bool) -> Code:
     """Compile what an engine runs, see `Engine.compile`."""
+    if (why := why_eager(engine.trunk.model)) is not None:
+        raise CompileError(why)
     full = engine.n - 1 if engine.depth == "auto" else int(engine.depth)
     depths = sorted({0, 1, full}) if engine.depth == "auto" else [full]
     module = Score if sampling else Verify

@@ -62,6 +62,7 @@ from nextn.formats.checks import check_directory, check_header, check_weights, r
 from nextn.formats.hub import FETCHING, fetched, is_hub_name
 from nextn.formats.weights import check_loaded, check_stored_types, differs
 from nextn.model import MultiTokenModel, end_tokens, try_heads
+from nextn.quantized import saving_tensors
 from nextn.trunk import Trunk
 
 EXTRA = "nextn"
@@ -134,7 +135,8 @@ def _save_plain(
     plain = plain_tensors(base, base.state_dict() if tensors is None else tensors, merged)
     has_adapters, base._hf_peft_config_loaded = base._hf_peft_config_loaded, False
     try:
-        base.save_pretrained(directory, state_dict=plain, **settings)
+        with saving_tensors(base, plain):
+            base.save_pretrained(directory, state_dict=plain, **settings)
     finally:
         base._hf_peft_config_loaded = has_adapters
 

@@ -78,7 +78,10 @@ class Eagle3Step(nn.Module):
     @torch.no_grad()
     def _copy_where_it_fits(self, trunk: Trunk) -> None:
         """Start from the last layer and final norm of a host with exactly Llama's parts; the token has no say yet."""
-        theirs = dict(trunk.layers[-1].named_parameters())
+        try:
+            theirs = dict(trunk.new_layer().named_parameters())
+        except HostError:  # it has parts that cannot be copied at all
+            return
         ours = {name: each for name, each in self.midlayer.named_parameters() if name != "hidden_norm.weight"}
         if theirs.keys() != ours.keys():
             return
