@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
+import sys
 
 import pytest
 import tokenizers
@@ -20,7 +22,6 @@ from nextn.data import (
     StreamedBlocks,
     TextStream,
     byte_tokenizer,
-    checked_prompt,
     example,
     examples_of,
     read_jsonl,
@@ -75,6 +76,26 @@ def test_answers_are_trained_on_and_prompts_are_not():
     assert example(tokenizer, {"prompt": "ab", "answer": ""}) is None
 
 
+def test_an_answer_to_a_chat_is_trained_on_alone():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }}:{{ message.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "no"}, {"role": "user", "content": "c"}]
+    for asked, head in (
+        ({"messages": chat}, "user:ab<eos>assistant:no<eos>user:c<eos>assistant:"),
+        ({"prompt": "ab", "system": "x"}, "system:x<eos>user:ab<eos>assistant:"),
+        ({"prompt": "ab", "system": None}, "user:ab<eos>assistant:"),
+    ):
+        for finish, end in (("stop", "<eos>"), ("length", "")):
+            ids, labels = example(tokenizer, asked | {"answer": "cd", "finish": finish})
+            assert tokenizer.decode(ids) == f"{head}cd{end}"
+            assert tokenizer.decode([label for label in labels if label != IGNORE]) == f"cd{end}"
+    whole = [*chat, {"role": "assistant", "content": "yes"}]
+    assert example(tokenizer, {"messages": whole, "answer": "cd"}) == example(tokenizer, {"messages": whole})
+
+
 @pytest.mark.parametrize(
     "content, says",
     [("hello\n", "line 1, is not JSON"), ('{"a": 1}\n[1]\n', "line 2, is no JSON object"), ("", "no rec")],
@@ -85,11 +106,6 @@ def test_bad_files_get_a_sentence(tmp_path, content, says):
         read_jsonl(tmp_path / "data.jsonl")
     with pytest.raises(DataError, match="no data file"):
         read_jsonl(tmp_path / "nowhere.jsonl")
-
-
-def test_an_empty_prompt_is_refused():
-    with pytest.raises(DataError, match="empty"):
-        checked_prompt(make_tokenizer(), " \n")
 
 
 def test_a_character_of_several_tokens_is_shown_whole():
@@ -173,20 +189,64 @@ def test_the_byte_tokenizer_is_an_ordinary_one(tmp_path):
 def test_sources_of_every_kind_give_their_records(tmp_path):
     texts = ["one two", "three"]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "b.parquet")
     (tmp_path / "c.txt").write_text("one two\nthree\n")
-    assert [record["text"] for record in records_of(tmp_path / "a.jsonl")] == texts
-    assert [record["text"] for record in records_of(tmp_path / "b.parquet")] == texts
+    (tmp_path / "e.csv").write_text("text,n\none two,1\nthree,2\n")
+    (tmp_path / "f.tsv").write_text("text\tn\none two\t1\nthree\t2\n")
+    for name in ("a.jsonl", "e.csv", "f.tsv"):
+        assert [record["text"] for record in records_of(tmp_path / name)] == texts
     pieces = [record["text"] for record in records_of(tmp_path / "c.txt", text_bytes=3)]
     assert pieces == ["one two\n", "three\n"]
     for missing in (tmp_path / "none.jsonl", "none.jsonl"):
         with pytest.raises(DataError, match="There is no data file"):
             list(records_of(missing))
+
+
+def test_parquet_needs_pyarrow_alone(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    records = [{"text": str(n), "messages": [{"role": "user", "content": "a"}]} for n in range(1500)]
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "b.parquet")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert list(records_of(tmp_path / "b.parquet")) == records
     (tmp_path / "d.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match=r"d.parquet cannot be read"):
         list(records_of(tmp_path / "d.parquet"))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"b.parquet is read by pyarrow: pip install 'nextn\[parquet\]'\."):
+        list(records_of(tmp_path / "b.parquet"))
+
+
+def test_csv_gives_what_json_lines_give(tmp_path):
+    """With quotes, line ends and a byte order mark, a text longer than csv's own limit, a chat and an empty cell."""
+    chat = [{"role": "user", "content": "a, b"}, {"role": "assistant", "content": '"é"\n'}]
+    records = [
+        {"text": 'one, two\r\n"three"\n' + "x" * 200_000},
+        {"prompt": "ab", "answer": "cd", "finish": "length"},
+        {"prompt": "ab", "answer": "cd"},
+        {"messages": chat},
+    ]
+    with (tmp_path / "data.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        table = csv.DictWriter(file, ["text", "prompt", "answer", "finish", "messages"])
+        table.writeheader()
+        table.writerows(records[:3])
+        table.writerow({"messages": json.dumps(chat)})
+    assert list(records_of(tmp_path / "data.csv")) == records
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("", "has the columns .none.; expected text, prompt and answer, or messages"),
+        ("one two\nthree\n", "has the columns one two; expected text"),
+        ("text\na, b\n", "line 2, has more cells than there are columns"),
+        ('text\n"a\n', "cannot be read"),
+        ("messages\nhello\n", "line 2, cannot be read: Expecting value"),
+    ],
+)
+def test_a_bad_table_gets_a_sentence(tmp_path, content, says):
+    (tmp_path / "data.csv").write_text(content)
+    with pytest.raises(DataError, match=rf"data.csv.* {says}.*\.$"):
+        list(records_of(tmp_path / "data.csv"))
 
 
 def test_a_text_longer_than_a_block_comes_in_pieces_and_an_answer_does_not(tmp_path):

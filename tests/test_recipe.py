@@ -387,6 +387,46 @@ def test_overlap_and_validation_are_logged(attached, tmp_path):
     assert f"| τ on held-out text | {tau:.2f} tokens per step |" in (tmp_path / "README.md").read_text()
 
 
+def test_validation_is_a_file_a_share_or_nothing(attached, tmp_path):
+    """Of a file, all of it is held out and none of it trained on, streamed data or not."""
+    held_out = tmp_path / "held_out.csv"
+    held_out.write_text("text\nthe cat sat on the log and the dog on the mat\n")
+    few = attached | {"vocabulary": None, "training": attached["training"] | {"max_steps": 2, "eval_steps": 1}}
+    file = {"validation": str(held_out)}
+    for place, change in enumerate((file, file | {"stream": True}, {"validation": None})):
+        seen: list[tuple[str, list[list[int]]]] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nextn.MultiTokenModel, "forward", _spied(nextn.MultiTokenModel.forward, seen))
+            train(Recipe(**few | change), tmp_path / f"out{place}", say=lambda _: None)
+        ids = ids_of(attached["base"], "the cat sat on the log and the dog on the mat")
+        evaluated = [row[: len(ids)] for mode, rows in seen if mode == "eval" for row in rows]
+        assert bool(evaluated) == bool(change["validation"]) and all(row == ids for row in evaluated)
+        assert all(row[: len(ids)] != ids for mode, rows in seen if mode == "train" for row in rows)
+    held_out.write_text("text\nanother text\n")
+    with pytest.raises(FormatError, match="other options or other data"):
+        train(Recipe(**few | {"validation": str(held_out)}), tmp_path / "out0")
+    shutil.copy(attached["data"][0], tmp_path / "copy.jsonl")
+    for validation, message in (
+        (attached["data"][0], "which is trained on: give other text, or a share"),
+        (str(tmp_path / "copy.jsonl"), "which is trained on"),
+        (str(tmp_path / "none.csv"), "There is no data file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(Recipe(**few | {"validation": validation}), tmp_path / "other")
+
+
+def ids_of(base: str, text: str) -> list[int]:
+    return transformers.AutoTokenizer.from_pretrained(base)(text)["input_ids"]
+
+
+def _spied(forward, seen):
+    def spy(self, input_ids=None, *args, **kwargs):
+        seen.append(("train" if self.training else "eval", input_ids.tolist()))
+        return forward(self, input_ids, *args, **kwargs)
+
+    return spy
+
+
 @pytest.mark.parametrize("curriculum", ["forward", "reverse"])
 def test_a_curriculum_always_trains_something(attached, tmp_path, curriculum):
     said = []
@@ -455,6 +495,8 @@ def test_settings_that_are_equal_give_one_model(tiny_base, tmp_path):
         ({"schedule": {"start": 0.5}}, "schedule.start goes with a trunk that is trained"),
         ({"schedule": {"phases": [{"weights": {"preset": "list", "values": [1.0]}}]}}, "1 entries, but n is 4"),
         ({"stream": True}, "stream needs training.max_steps"),
+        ({"stream": True, "validation": 0.1, "training": {"max_steps": 1}}, "validation is a file where the data is"),
+        ({"validation": 1}, "validation is a share from 0 to below 1, or a file"),
         ({"teacher_top_k": 8}, "teacher_top_k goes with heads.objective.follows"),
         ({"teacher_top_k": 8, "max_states_gb": 0}, "teacher_top_k is of what is kept on disk"),
         ({"data": []}, "data: List should have at least 1 item"),
@@ -486,7 +528,7 @@ def test_errors_that_show_only_when_it_runs(attached, tmp_path):
             ),
             ({"lora": {"rank": 2}, **tuned}, ConfigError, "lora: .*rank"),
             ({"lora": {"r": 2, "target_modules": ["q_proj"]}, "compile": True, **tuned}, ConfigError, "compile does"),
-            ({"data": [str(tmp_path / "x.csv")]}, DataError, "is no plain text"),
+            ({"data": [str(tmp_path / "x.csv")]}, DataError, "x.csv has the columns a, b; expected text"),
             ({"data": ["answers/none.jsonl"]}, DataError, "There is no data file answers/none.jsonl"),
             ({"length": 4096}, ConfigError, "the base reads 128 tokens"),
             ({"data": ["nowhere.jsonl"]}, DataError, "There is no data file nowhere.jsonl"),
@@ -514,7 +556,7 @@ def test_the_command_line(attached, tmp_path):
         refused = CliRunner().invoke(app, [*command[:4], f"--set={change}"])
         assert refused.exit_code == 1 and message in " ".join(refused.output.split())
     (tmp_path / "broken.yaml").write_text("a: [")
-    for path, message in (("broken.yaml", "is not YAML (line 1)"), ("none.yaml", "cannot be read")):
+    for path, message in (("broken.yaml", "is not YAML (line 1)"), ("none.yaml", "There is no recipe")):
         refused = CliRunner().invoke(app, ["train", str(tmp_path / path), "--out", str(tmp_path / "x")])
         assert refused.exit_code == 1 and message in " ".join(refused.output.split())
 

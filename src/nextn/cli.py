@@ -6,7 +6,7 @@ import json
 import secrets
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -55,6 +55,70 @@ def _plainly(verb: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def _refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """Refuse options that would have no effect.
+
+    Raises:
+        ValueError: where one of them is on the command line.
+    """
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"--{name.replace('_', '-')} {why}: leave it out.")
+
+
+def _with_bar(answers: Iterable[Any], total: int, tokens_of: Callable[[Any], int]) -> Iterator[Any]:
+    """The same answers, with a bar of how many there are, the time left and their tokens."""
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[t]}")
+    with Progress(TextColumn("answers"), *columns) as bar:
+        task, tokens = bar.add_task("", total=total, t=""), 0
+        for answer in answers:
+            tokens += tokens_of(answer)
+            bar.update(task, advance=1, t=f"{tokens:,} tokens")
+            yield answer
+
+
+def _answer_prompts(
+    records: list[dict[str, Any]],
+    out: Path,
+    open_model: Callable[[], tuple[Any, Any]],
+    max_new_tokens: int,
+    sampling: Any,
+) -> Any:
+    """Answer the prompts that `out` does not answer yet, appending to it.
+
+    Args:
+        sampling: whose seed gives each record one of its own, the same whenever it is answered.
+
+    Returns:
+        the `Acceptance`; None where nothing was to be done.
+    """
+    from dataclasses import replace
+
+    from nextn.decoding.sampling import prompt_seeds
+    from nextn.distill import distill, encoded, remaining
+    from nextn.evaluation.acceptance import Acceptance
+    from nextn.formats.native import writable
+    from nextn.lock import FileLock
+
+    seeds = {id(record): seed for record, seed in zip(records, prompt_seeds(sampling.seed, len(records)), strict=True)}
+    writable(out.parent)
+    with FileLock(out):  # from before it is read, so that no prompt is answered by two processes
+        todo = remaining(records, out)
+        if not todo:
+            console.print(f"{out} answers all {len(records)} prompts: nothing is changed")
+            return None
+        engine, tokenizer = open_model()
+        context = engine.trunk.max_length
+        prompts = encoded(tokenizer, todo, context)
+        if left_out := len(todo) - len(prompts):
+            what = "1 prompt is" if left_out == 1 else f"{left_out} prompts are"
+            console.print(f"{what} too long for the context of {context} tokens and left out")
+        samplings = [replace(sampling, seed=seeds[id(record)]) for record, _ in prompts]
+        results = distill(engine, tokenizer, prompts, out, max_new_tokens, samplings)
+        return Acceptance.of(_with_bar(results, len(prompts), lambda result: len(result.tokens)), engine.n)
+
+
 @app.command()
 @_plainly
 def attach(
@@ -99,10 +163,23 @@ def attach(
     run(recipe, out, say=console.print, trust_remote_code=trust_remote_code)
 
 
+def _list_recipes(wanted: bool) -> None:
+    """`nextn train --list`."""
+    if not wanted:
+        return
+    from nextn.recipe_files import shipped_recipes
+
+    table = Table("name", "what", "source")
+    for recipe in shipped_recipes():
+        table.add_row(Text(recipe.name, no_wrap=True), recipe.what, recipe.source)
+    console.print(table)
+    raise typer.Exit
+
+
 @app.command()
 @_plainly
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file, such as those in recipes/.")],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that ships: see --list.")],
     out: Annotated[Path, typer.Option(help="Where the result goes; training goes on from here when killed.")],
     base: Annotated[str | None, typer.Option(help="The model to start from, over the recipe's.")] = None,
     data: Annotated[
@@ -111,6 +188,9 @@ def train(
     change: Annotated[
         list[str] | None, typer.Option("--set", help="field=value, over the recipe's: training.max_steps=100.")
     ] = None,
+    _list: Annotated[
+        bool, typer.Option("--list", is_eager=True, callback=_list_recipes, help="List the recipes that ship.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train by a recipe: from scratch, heads on a frozen model, or both together."""
@@ -267,11 +347,26 @@ def budget(
 @app.command()
 @_plainly
 def generate(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="What nextn wrote (a directory or a hub name); with --heads 1 any causal model.")
     ],
-    prompt: Annotated[str, typer.Argument(help="What the user says.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
+    prompt: Annotated[str | None, typer.Argument(help="What the user says.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message before the prompt, or before each.")] = None,
+    messages: Annotated[
+        Path | None, typer.Option(help="A chat to answer: JSON, a list of messages with role and content.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines with `prompt` or `messages`, answered side by side into --out.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="With --prompts: where answers are appended; what is answered there is skipped.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="With --prompts: how many are answered side by side.")] = 16,
+    chat: Annotated[bool, typer.Option("--chat", help="Hold a conversation in the terminal.")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The longest answer. Default: 128; with --chat 1024.")
+    ] = None,
     heads: Annotated[int | None, typer.Option(help="1: the plain model alone. Default: all heads.")] = None,
     temperature: Annotated[float, typer.Option(help="0: the best token each time.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Only the k most probable tokens; 0: all.")] = 0,
@@ -294,20 +389,31 @@ def generate(
     compile: Compile = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Decode a prompt, streaming, and say what the drafts were worth."""
-    from nextn.data import TextStream, checked_prompt
+    """Answer a prompt, a chat or a file of prompts, or hold a conversation; say what the drafts were worth."""
     from nextn.decoding.sampling import Sampling
     from nextn.decoding.tree import Tree
-    from nextn.evaluation.acceptance import Acceptance
     from nextn.formats.native import open_for_decoding
+    from nextn.prompts import read_chat, read_questions
 
+    ways = {"a prompt": prompt is not None, "--messages": messages, "--prompts": prompts, "--chat": chat}
+    given = [way for way, value in ways.items() if value]
+    if len(given) != 1:
+        raise ValueError(
+            f"Give one of a prompt, --messages, --prompts and --chat, not {' and '.join(given) or 'none'}."
+        )
+    if prompts is None:
+        _refuse_given(context, ("out", "rows"), "goes with --prompts")
+    elif out is None:
+        raise ValueError("--prompts needs --out, the file that answers are appended to.")
+    if prompt is not None and not prompt.strip():
+        raise ValueError("The prompt is empty: give some text.")
     seed = secrets.randbelow(2**31) if seed is None else seed  # PyTorch's generator begins alike in every process
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if heads == 1 and tree is not None:
         raise ValueError("--heads 1 is the plain model, which reads no tree: leave --tree out.")
     if not (depth in ("auto", "all") or depth.isdigit()):
         raise ValueError(f"--depth is {depth!r}; give a number, all or auto.")
-    drafting: dict[str, Any] = (
+    settings: dict[str, Any] = (
         {}
         if heads == 1
         else {
@@ -315,31 +421,101 @@ def generate(
             "tree": None if tree is None else Tree.read(tree),
         }
     )
-    engine, tokenizer = open_for_decoding(model, heads, dtype, trust_remote_code=trust_remote_code, **drafting)
-    ids = checked_prompt(tokenizer, prompt)
-    if compile:
-        engine.compile(sampling=not sampling.is_greedy)
-    text = TextStream(tokenizer)
+
+    def open_model() -> tuple[Any, Any]:
+        count = rows if prompts else 1
+        engine, tokenizer = open_for_decoding(model, heads, dtype, count, trust_remote_code, keep=chat, **settings)
+        return engine.compile(sampling=not sampling.is_greedy) if compile else engine, tokenizer
+
+    with_system = {} if system is None else {"system": system}
+    used = f", seed {seed}" if sampling.by_chance else ""
+    longest = max_new_tokens or (1024 if chat else 128)
+    if prompts is not None and out is not None:
+        records = [record | with_system for record in read_questions(prompts)]
+        figures = _answer_prompts(records, out, open_model, longest, sampling)
+        if figures is not None:
+            Console(stderr=True).print(f"[dim]τ {figures.tau:.2f}{used}[/dim]")
+    elif chat:
+        _chat(open_model, system, longest, sampling, used)
+    else:
+        question = {"prompt": prompt} if messages is None else {"messages": read_chat(messages)}
+        _answer(question | with_system, open_model, longest, sampling, used)
+
+
+def _answer(
+    question: dict[str, Any],
+    open_model: Callable[[], tuple[Any, Any]],
+    max_new_tokens: int,
+    sampling: Any,
+    used: str,
+) -> None:
+    """Answer one prompt or chat, streaming.
+
+    Args:
+        used: ends the line of figures.
+    """
+    from nextn.data import TextStream, question_ids
+    from nextn.evaluation.acceptance import Acceptance
+
+    engine, tokenizer = open_model()
+    ids, text = question_ids(tokenizer, question), TextStream(tokenizer)
 
     def stream(_index: int, tokens: list[int], _origins: list[int]) -> None:
-        sys.stdout.write("".join(text.push(token) for token in tokens))
-        sys.stdout.flush()
+        _show("".join(text.push(token) for token in tokens))
 
     ((_, result),) = engine.generate([ids], max_new_tokens, stream, sampling)
-    sys.stdout.write(text.flush() + "\n")
+    _show(text.flush() + "\n")
     if result.error is not None:
         raise ValueError(str(result.error))
     figures = Acceptance.of([result], engine.n)
-    used = f", seed {seed}" if sampling.by_chance else ""
     Console(stderr=True).print(f"[dim]{len(result.tokens)} tokens, τ {figures.tau:.2f}{used}[/dim]")
+
+
+def _chat(
+    open_model: Callable[[], tuple[Any, Any]], system: str | None, max_new_tokens: int, sampling: Any, used: str
+) -> None:
+    """`nextn generate --chat`."""
+    from contextlib import suppress
+
+    from nextn.conversation import Conversation, converse
+    from nextn.data import check_chats
+
+    engine, tokenizer = open_model()
+    check_chats(tokenizer)
+    with suppress(ImportError):  # editing and a history of lines, where the system has them
+        import readline  # noqa: F401
+    errors, sign = Console(stderr=True), "> " if sys.stdin.isatty() else ""
+
+    def note(text: str) -> None:
+        errors.print(Text(text, "dim"))
+
+    converse(Conversation(engine, tokenizer, system, max_new_tokens, sampling), lambda: input(sign), _show, note)
+    if used:
+        note(used.removeprefix(", "))
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 @app.command()
 @_plainly
 def distill(
-    base: Annotated[str, typer.Argument(help="The model that answers: a directory or a hub name.")],
+    context: typer.Context,
     prompts: Annotated[Path, typer.Option(help="JSON lines with a `prompt` each.")],
     out: Annotated[Path, typer.Option(help="Where answers are appended; prompts answered there are skipped.")],
+    base: Annotated[
+        str | None, typer.Argument(help="The model that answers: a directory or a hub name. Or give --server.")
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(help="A server with OpenAI's API that answers, such as vLLM's; OPENAI_API_KEY is sent if set."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --server: the model's name there. Default: the only one.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="With --server: how many prompts are asked at once.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="Answer this many prompts at most.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Prompts answered side by side.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer; the context ends one too.")] = 256,
@@ -347,31 +523,58 @@ def distill(
     seed: Annotated[int, typer.Option(help="Seed of the order of the prompts.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Make training text: let the base model answer prompts, in batches, resumable."""
+    """Make training text: let the base model answer prompts, in batches, resumable.
+
+    With --server another program runs the model. Heads learn to draft for the model that wrote the text: answers of
+    another model than the base are not the base's own text, and drafts trained on them are accepted less often.
+    """
     import random
 
     from nextn.data import read_prompts
-    from nextn.distill import distill as run
-    from nextn.distill import encoded, interleaved, remaining
-    from nextn.formats.native import open_for_decoding, writable
-    from nextn.lock import FileLock
+    from nextn.decoding.sampling import GREEDY
+    from nextn.distill import interleaved
+    from nextn.formats.native import open_for_decoding
 
+    if (base is None) == (server is None):
+        raise ValueError("Give the model that answers, or --server; not both.")
+    if server is None:
+        _refuse_given(context, ("model", "concurrency"), "goes with --server")
+    else:
+        _refuse_given(context, ("rows", "dtype", "trust_remote_code"), "is of a model that runs here, not of --server")
     records = read_prompts(prompts)
     random.Random(seed).shuffle(records)
+    records = interleaved(records)[:limit]
+    if server is not None:
+        _ask_server(server, model, records, out, max_new_tokens, concurrency)
+    elif base is not None:
+        name = base
+        _answer_prompts(
+            records, out, lambda: open_for_decoding(name, 1, dtype, rows, trust_remote_code), max_new_tokens, GREEDY
+        )
+
+
+def _ask_server(
+    url: str, model: str | None, records: list[dict[str, Any]], out: Path, max_new_tokens: int, concurrency: int
+) -> None:
+    """`nextn distill --server`."""
+    import os
+
+    from nextn.distill import distill_from, remaining
+    from nextn.formats.native import writable
+    from nextn.lock import FileLock
+    from nextn.openai_client import ChatServer
+
     writable(out.parent)
-    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[t]}")
-    with FileLock(out):  # from before it is read, so that no prompt is answered by two processes
-        todo = remaining(interleaved(records)[:limit], out)
-        engine, tokenizer = open_for_decoding(base, 1, dtype, rows, trust_remote_code)
-        prompts_todo = encoded(tokenizer, todo, engine.trunk.max_length)
-        if left_out := len(todo) - len(prompts_todo):
-            what = "1 prompt is" if left_out == 1 else f"{left_out} prompts are"
-            console.print(f"{what} too long for the context of {engine.trunk.max_length} tokens and left out")
-        with Progress(TextColumn("answers"), *columns) as bar:
-            task, tokens = bar.add_task("", total=len(prompts_todo), t=""), 0
-            for count in run(engine, tokenizer, prompts_todo, out, max_new_tokens=max_new_tokens):
-                tokens += count
-                bar.update(task, advance=1, t=f"{tokens:,} tokens")
+    with FileLock(out):
+        todo = remaining(records, out)
+        if not todo:
+            console.print(f"{out} answers all {len(records)} prompts: nothing is changed")
+            return
+        server = ChatServer.connect(url, model, os.environ.get("OPENAI_API_KEY") or None)
+        console.print(f"{server.model} answers, at {server.url}", highlight=False)
+        answers = distill_from(server, todo, out, max_new_tokens, concurrency)
+        for _ in _with_bar(answers, len(todo), lambda answer: answer.num_tokens):
+            pass
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import functools
 import itertools
 import json
@@ -29,7 +30,7 @@ class DataError(ValueError):
 
 
 _NO_TEXT = "The data has no usable text: expected records with `text`, with `prompt` and `answer`, or with `messages`."
-_PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".arrow", ".bin", ".csv", ".tsv")  # no text to train on as it is
+_PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".arrow", ".bin")  # no text to train on as it is
 _ROLES = ("system", "developer", "user", "assistant", "tool")  # and those that a chat template names
 Example = tuple[list[int], list[int]]  # token ids, and the labels of the same places
 
@@ -66,8 +67,9 @@ def records_of(source: str | Path, split: str = "train", text_bytes: int = 1 << 
     """The records of a data source, one at a time.
 
     Args:
-        source: a file of JSON lines (`.jsonl`, `.json`) or Parquet (`.parquet`), any other file as plain text, or the
-            name of a dataset on the hub (`owner/name`, or `owner/name:config`).
+        source: a file of JSON lines (`.jsonl`, `.json`), Parquet (`.parquet`) or comma- or tab-separated values with
+            the names of the columns in the first line (`.csv`, `.tsv`), any other file as plain text, or the name of a
+            dataset on the hub (`owner/name`, or `owner/name:config`).
         split: of a dataset on the hub.
         text_bytes: plain text comes in pieces of about so many bytes, cut at the ends of lines.
 
@@ -78,9 +80,11 @@ def records_of(source: str | Path, split: str = "train", text_bytes: int = 1 << 
     if path.is_file() and path.suffix in (".jsonl", ".json"):
         yield from _json_lines(path)
     elif path.is_file() and path.suffix == ".parquet":
-        yield from _loaded("parquet", None, "train", data_files=str(path))
+        yield from _parquet_rows(path)
+    elif path.is_file() and path.suffix in (".csv", ".tsv"):
+        yield from _csv_rows(path)
     elif path.is_file() and path.suffix in _PACKED:
-        raise DataError(f"{path} is no plain text; give .jsonl, .parquet or text.")
+        raise DataError(f"{path} is no plain text; give .jsonl, .parquet, .csv or text.")
     elif path.is_file():
         with path.open(encoding="utf-8", errors="replace") as lines:
             while piece := lines.readlines(text_bytes):
@@ -92,17 +96,56 @@ def records_of(source: str | Path, split: str = "train", text_bytes: int = 1 << 
         raise DataError(f"There is no data file {path}.")
 
 
-def _loaded(name: str, config: str | None, split: str, **kwargs: Any) -> Iterator[dict[str, Any]]:
-    """The records of a dataset, streamed by the `datasets` library."""
+def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a table as records of its cells that are not empty; a chat in `messages` is JSON."""
+    csv.field_size_limit(2**31 - 1)  # the default ends a text at 131,072 characters
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        rows = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        try:
+            columns = rows.fieldnames or []
+            if not {"text", "answer", "messages"} & set(columns):
+                raise DataError(
+                    f"{path} has the columns {', '.join(columns) or '(none)'}; expected text, prompt and answer, or "
+                    "messages in its first line."
+                )
+            for row in rows:
+                if None in row:
+                    raise DataError(f"{path}, line {rows.line_num}, has more cells than there are columns: quote it.")
+                cells = {name: cell for name, cell in row.items() if cell}
+                if "messages" in cells:
+                    cells["messages"] = json.loads(cells["messages"])
+                yield cells
+        except (csv.Error, json.JSONDecodeError) as error:
+            raise DataError(f"{path}, line {rows.line_num}, cannot be read: {error}.") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(f"{path} is read by pyarrow: pip install 'nextn[parquet]'.") from None
+    try:
+        with parquet.ParquetFile(path) as table:
+            for rows in table.iter_batches(batch_size=1024):
+                yield from rows.to_pylist()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {_first_line(error)}.") from None
+
+
+def _loaded(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
+    """The records of a dataset of the hub, streamed by the `datasets` library."""
     try:
         from datasets import load_dataset
     except ImportError:
         raise DataError(f"{name} is read by the datasets library: pip install 'nextn[eval]'.") from None
     try:
-        yield from load_dataset(name, config, split=split, streaming=True, **kwargs)
+        yield from load_dataset(name, config, split=split, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise DataError(f"The dataset {kwargs.get('data_files', name)} cannot be read: {reason}.") from None
+        raise DataError(f"The dataset {name} cannot be read: {_first_line(error)}.") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -135,17 +178,6 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     if not records:
         raise DataError(f"{path} has no record with a `prompt`.")
     return records
-
-
-def checked_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """A user's prompt as token ids.
-
-    Raises:
-        DataError: for a prompt without text.
-    """
-    if not prompt.strip():
-        raise DataError("The prompt is empty: give some text.")
-    return prompt_ids(tokenizer, prompt)
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -196,22 +228,74 @@ def example(tokenizer: Any, record: dict[str, Any]) -> Example | None:
 
     `{"messages"}` (a chat, with `role` and `content`) trains on what the assistant says in answer to something;
     `{"prompt", "answer"}` on the answer, its end included unless `finish` says that it was cut (`tokens`, where
-    `distill` wrote them, are the answer as it was emitted); `{"text"}` on all of it. Both kinds of answers end as the
-    chat template ends a turn of the assistant, or without one, with the tokenizer's end token.
+    `distill` wrote them, are the answer as it was emitted); `{"text"}` on all of it. An answer may have a `system`
+    message, and `messages` in place of a `prompt`. Answers end as the chat template ends a turn of the assistant, or
+    without one, with the tokenizer's end token.
 
     Raises:
         DataError: for a chat that cannot be read.
     """
-    answer, text = record.get("answer"), record.get("text")
-    if isinstance(record.get("messages"), list):
-        return _chat(tokenizer, record["messages"])
-    if isinstance(record.get("prompt"), str) and isinstance(answer, str) and answer:
-        head, tail = prompt_ids(tokenizer, record["prompt"]), _answer_ids(tokenizer, record)
+    answer, text, messages = record.get("answer"), record.get("text"), record.get("messages")
+    has_question = _asks(messages) if isinstance(messages, list) else isinstance(record.get("prompt"), str)
+    if has_question and isinstance(answer, str) and answer:
+        head, tail = question_ids(tokenizer, record), _answer_ids(tokenizer, record)
         return head + tail, [IGNORE] * len(head) + tail
+    if isinstance(messages, list):
+        return _chat(tokenizer, messages)
     if isinstance(text, str) and text.strip():
         ids = list(tokenizer(text)["input_ids"])
         return ids, [IGNORE, *ids[1:]]  # nothing predicts a text's first token
     return None
+
+
+def question_ids(tokenizer: Any, record: dict[str, Any]) -> list[int]:
+    """What a record asks as token ids, up to where the answer begins: its `prompt` or `messages`, after its `system`.
+
+    Raises:
+        DataError: for a chat that cannot be answered.
+        ChatTemplateError: where the template refuses the chat.
+    """
+    system, chat = record.get("system") or None, record.get("messages")
+    if system is None and not isinstance(chat, list):
+        return prompt_ids(tokenizer, record["prompt"])
+    chat = chat if isinstance(chat, list) else [{"role": "user", "content": record["prompt"]}]
+    if system is not None and any(isinstance(message, dict) and message.get("role") == "system" for message in chat):
+        raise DataError("The chat has a system message of its own: leave the other one out.")
+    return answerable_ids(tokenizer, chat if system is None else [{"role": "system", "content": system}, *chat])
+
+
+def answerable_ids(tokenizer: Any, messages: list[Any]) -> list[int]:
+    """A chat as token ids, up to where the assistant's answer begins.
+
+    Raises:
+        DataError: for a tokenizer without a chat template, or a chat that has no question at its end.
+        ChatTemplateError: where the template refuses the chat.
+    """
+    check_chats(tokenizer)
+    messages = checked_chat(tokenizer, messages)
+    if not _asks(messages):
+        raise DataError("The chat ends with the assistant; nothing is left to answer.")
+    if not str(messages[-1]["content"]).strip():
+        raise DataError("The last message is empty: give some text.")
+    return chat_ids(tokenizer, messages, add_generation_prompt=True)
+
+
+def check_chats(tokenizer: Any) -> None:
+    """Refuse a tokenizer that reads no chats.
+
+    Raises:
+        DataError: where it has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{tokenizer.name_or_path or 'The tokenizer'} has no chat template, so that chats and system messages "
+            "cannot be read: give a plain prompt."
+        )
+
+
+def _asks(messages: list[Any]) -> bool:
+    """Whether a chat ends with something to answer."""
+    return bool(messages) and isinstance(messages[-1], dict) and messages[-1].get("role") != "assistant"
 
 
 def _chat(tokenizer: Any, messages: list[dict[str, Any]]) -> Example | None:
@@ -221,7 +305,7 @@ def _chat(tokenizer: Any, messages: list[dict[str, Any]]) -> Example | None:
     """
     if not tokenizer.chat_template:
         raise DataError(f"{tokenizer.name_or_path or 'The tokenizer'} has no chat template, but the data has messages.")
-    messages = _checked_chat(tokenizer, messages)
+    messages = checked_chat(tokenizer, messages)
     after = len(_end_of_turn(tokenizer)[1])
     ids: list[int] = []
     labels: list[int] = []
@@ -241,7 +325,7 @@ def _chat(tokenizer: Any, messages: list[dict[str, Any]]) -> Example | None:
     return ids[:end], labels[:end]
 
 
-def _checked_chat(tokenizer: Any, messages: list[Any]) -> list[dict[str, Any]]:
+def checked_chat(tokenizer: Any, messages: list[Any]) -> list[dict[str, Any]]:
     """A chat that a template can read, with contents in parts of text joined: many templates would print the list.
 
     Raises:
@@ -450,8 +534,7 @@ def naming(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-        raise DataError(f"{where}: {reason}.") from None
+        raise DataError(f"{where}: {_first_line(error)}.") from None
 
 
 def examples_of(

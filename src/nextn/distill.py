@@ -1,7 +1,8 @@
 """Training text from the base model's own answers (self-distillation, as in FastMTP, arXiv:2509.18362).
 
 Heads draft for the base model, so what they should learn is the base model's own greedy text. Answers are appended as
-they come: the same command goes on where it was killed.
+they come: the same command goes on where it was killed. The same goes for the answers of a server, which are another
+model's unless it serves the base itself, and for those of `nextn generate --prompts`.
 """
 
 from __future__ import annotations
@@ -9,15 +10,20 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from io import FileIO
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from nextn.data import DataError, naming, prompt_ids
+from nextn.data import DataError, naming, question_ids
 from nextn.decoding.engine import Engine
+from nextn.decoding.rows import Generation
+from nextn.decoding.sampling import GREEDY, Sampling
 from nextn.lock import FileLock
+from nextn.openai_client import ChatServer, Completion
+from nextn.prompts import question_of
 
 LONGEST_LINE = 2**26  # bytes; no answer takes as many
 
@@ -32,43 +38,116 @@ def encoded(tokenizer: Any, records: list[dict[str, Any]], context: int) -> list
     """
     prompts = []
     for record in records:
-        with naming(f"The prompt {record['prompt'][:40]!r}"):
-            prompts.append((record, prompt_ids(tokenizer, record["prompt"])))
+        with naming(f"The prompt {str(question_of(record))[:40]!r}"):
+            prompts.append((record, question_ids(tokenizer, record)))
     return [(record, ids) for record, ids in prompts if len(ids) < context]
 
 
 def distill(
-    engine: Engine, tokenizer: Any, prompts: list[Prompt], out: Path, max_new_tokens: int = 256
-) -> Iterator[int]:
-    """Answer each prompt greedily and append its record, with `answer`, its `tokens` and `finish`, to `out`.
+    engine: Engine,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    out: Path,
+    max_new_tokens: int = 256,
+    sampling: Sequence[Sampling] | None = None,
+) -> Iterator[Generation]:
+    """Answer each prompt and append its record, with `answer`, its `tokens` and `finish`, to `out`.
 
     Answers end where the model's context does: what a model writes past it is not what it was trained to write.
 
+    Args:
+        sampling: how the tokens of each answer are chosen; default: greedily.
+
     Yields:
-        the number of tokens of each answer, once it is written.
+        each answer, once it is written.
+
+    Raises:
+        DataError, LockedError: see `append_answers`.
+    """
+    order = like_lengths_together([len(ids) for _, ids in prompts], 8 * engine.rows)
+    limits = [min(max_new_tokens, engine.trunk.max_length - len(prompts[index][1])) for index in order]
+    chosen = GREEDY if sampling is None else [sampling[index] for index in order]
+    written: list[Generation] = []
+
+    def answers() -> Generator[tuple[int, dict[str, Any] | Exception]]:
+        ids = [prompts[index][1] for index in order]
+        for position, result in engine.generate(ids, limits, sampling=chosen):
+            if result.error is None:
+                written.append(result)
+                text = tokenizer.decode(result.tokens, skip_special_tokens=True)
+                yield order[position], {"answer": text, "finish": result.finish, "tokens": result.tokens}
+            else:
+                yield order[position], result.error
+
+    for _ in append_answers([record for record, _ in prompts], answers(), out):
+        yield written.pop()
+
+
+def distill_from(
+    server: ChatServer,
+    records: list[dict[str, Any]],
+    out: Path,
+    max_new_tokens: int = 256,
+    concurrency: int = 32,
+) -> Iterator[Completion]:
+    """Have a server answer each prompt greedily and append its record, with `answer`, `finish` and `model`, to `out`.
+
+    Args:
+        concurrency: how many prompts are asked at once.
+
+    Yields:
+        each answer, once it is written.
+
+    Raises:
+        ServerError: see `ChatServer.complete`. Answers that were written stay.
+        DataError, LockedError: see `append_answers`.
+    """
+    chats = [[{"role": "user", "content": record["prompt"]}] for record in records]
+    written: list[Completion] = []
+
+    def answers() -> Generator[tuple[int, dict[str, Any] | Exception]]:
+        with closing(server.complete(chats, max_new_tokens, concurrency)) as completions:
+            for index, result in completions:
+                if isinstance(result, Completion):
+                    written.append(result)
+                    yield index, {"answer": result.text, "finish": result.finish, "model": server.model}
+                else:
+                    yield index, result
+
+    for _ in append_answers(records, answers(), out):
+        yield written.pop()
+
+
+def append_answers(
+    records: list[dict[str, Any]], answers: Generator[tuple[int, dict[str, Any] | Exception]], out: Path
+) -> Iterator[int]:
+    """Append records to a file as their answers come.
+
+    Args:
+        answers: the place of a record, and what to add to it: `answer` and `finish` at least, or why there is none.
+
+    Yields:
+        the place of each record, once it is written.
 
     Raises:
         DataError: where `out` holds anything but answers or cannot be written, such as on a full disk, or, at the
             end, where prompts could not be answered. Answers that were written stay.
         LockedError: where another process writes to `out`.
     """
-    order = like_lengths_together([len(ids) for _, ids in prompts], 8 * engine.rows)
-    limits = [min(max_new_tokens, engine.trunk.max_length - len(prompts[index][1])) for index in order]
     failed: list[Exception] = []
-    with FileLock(out):
+    with FileLock(out), closing(answers):
         repair(out)
         with out.open("ab", buffering=0) as file:
-            for position, result in engine.generate([prompts[index][1] for index in order], limits):
-                if result.error is not None:
-                    failed.append(result.error)
+            for place, answer in answers:
+                if isinstance(answer, Exception):
+                    failed.append(answer)
                     continue
-                answer = tokenizer.decode(result.tokens, skip_special_tokens=True)
-                response = {"answer": answer, "finish": result.finish, "tokens": result.tokens}
-                _append(file, _line(prompts[order[position]][0] | response), out)
-                yield len(result.tokens)
+                _append(file, _line(records[place] | answer), out)
+                yield place
     if failed:
+        reason = str(failed[0]).rstrip(".")
         raise DataError(
-            f"{len(failed)} of {len(prompts)} prompts have no answer ({failed[0]}); the same command tries again."
+            f"{len(failed)} of {len(records)} prompts have no answer ({reason}); the same command tries again."
         )
 
 
@@ -108,11 +187,11 @@ def like_lengths_together(lengths: list[int], window: int) -> list[int]:
 def remaining(prompts: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
     """The prompts that `out` does not answer yet."""
     done = answered(out)
-    return [record for record in prompts if record["prompt"] not in done]
+    return [record for record in prompts if question_of(record) not in done]
 
 
 def answered(out: Path) -> set[str]:
-    """The prompts that a file already answers.
+    """The prompts that a file already answers, see `question_of`.
 
     Raises:
         DataError: for what is no file, or holds anything but answers that `distill` wrote.
@@ -169,10 +248,10 @@ def _prompt_of(line: bytes) -> str | None:
     """The prompt of an answer as `distill` writes it; None for any other line."""
     try:
         record = json.loads(line)
-        prompt, answer = record["prompt"], record["answer"]
-        return prompt if isinstance(prompt, str) and isinstance(answer, str) and "finish" in record else None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, RecursionError):
         return None
+    whole = isinstance(record, dict) and isinstance(record.get("answer"), str) and "finish" in record
+    return question_of(record) if whole else None
 
 
 def interleaved(prompts: list[dict[str, Any]], key: str = "category") -> list[dict[str, Any]]:

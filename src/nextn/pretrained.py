@@ -52,7 +52,8 @@ NAMES: dict[str, Decision] = {
     **_all("own", "resize_token_embeddings"),
     **_all("base", "tie_weights get_position_embeddings resize_position_embeddings"),
     # Parts
-    **_all("base", "base_model get_decoder get_encoder"),
+    **_all("own", "base_model"),
+    **_all("base", "get_decoder get_encoder"),
     **_all("refused", "set_decoder set_encoder", "attach heads to a base that has it"),
     # Generation
     **_all("base", "prepare_inputs_for_generation compute_transition_scores heal_tokens adjust_generation_fn"),

@@ -34,12 +34,14 @@ from nextn.kept import KeptOutputs
 from nextn.lock import FileLock
 from nextn.model import MultiTokenModel, attach
 from nextn.output import TrimmedOutput
+from nextn.recipe_files import recipe_path
 from nextn.scratch import from_scratch
 from nextn.training import Trainer, calibrate, is_finished, last_checkpoint, write_finished
 from nextn.trunk import context_length
 from nextn.vocabulary import coverage, most_frequent
 
 BYTES = "bytes"
+AUTO = "auto"
 CALIBRATION_BLOCKS = 128
 WARMUP = 0.05  # of the steps
 EVALUATIONS = 10  # in a training, besides the one before the first step
@@ -61,11 +63,12 @@ class Recipe(Strict):
     heads: what is predicted, by which heads; see `MultiTokenConfig`.
     vocabulary: short for a trimmed output of so many tokens. A trimmed output keeps the most frequent tokens of the
         data.
-    data: files (.jsonl, .parquet, plain text) or datasets of the hub; see `nextn.data`.
+    data: files (.jsonl, .parquet, .csv, plain text) or datasets of the hub; see `nextn.data`.
     split: of datasets on the hub.
     stream: pack the text as it comes, for more than memory holds; needs `training.max_steps`.
-    validation: the share of the blocks that is held out. Default: a twentieth, 32 blocks at most, and none of a stream
-        or of very little text. Loss, accuracy and an estimate of τ on it are logged ten times; the guard reads them.
+    validation: what is held out: a share of the blocks, a file or dataset as in `data`, 0 for nothing, or `auto`: a
+        twentieth, 32 blocks at most, and nothing of a stream or of very little text. Loss, accuracy and an estimate of
+        τ on it are logged ten times; the guard reads them.
     guard: end with the state of the lowest held-out loss, and go back to it at half the learning rate where the loss
         rises; see `HeldOutGuard`.
     length: tokens in a packed block.
@@ -90,7 +93,7 @@ class Recipe(Strict):
     data: list[str] = Field(min_length=1)
     split: str = "train"
     stream: bool = False
-    validation: float | None = Field(default=None, ge=0, lt=1)
+    validation: float | str | None = AUTO
     guard: bool = True
     length: int = Field(default=512, ge=2)
     schedule: ScheduleConfig = ScheduleConfig()
@@ -116,8 +119,14 @@ class Recipe(Strict):
             raise ValueError("tokenizer goes with scratch; a base brings its own")
         if self.lora is not None and (self.heads is None or self.heads.freeze_trunk or self.scratch is not None):
             raise ValueError("lora needs a base, and heads.freeze_trunk: false")
-        if self.stream and (self.validation or "max_steps" not in self.training):
-            raise ValueError("stream needs training.max_steps, and has no validation")
+        if isinstance(self.validation, float) and not 0 <= self.validation < 1:
+            raise ValueError("validation is a share from 0 to below 1, or a file")
+        if self.stream and "max_steps" not in self.training:
+            raise ValueError("stream needs training.max_steps")
+        if self.stream and self.validation and not isinstance(self.validation, str):
+            raise ValueError(
+                "validation is a file where the data is streamed, or nothing: no share of it can be held out"
+            )
         if self.heads is not None:
             for phase in self.schedule.phases:
                 phase.weights.check_length(self.heads.n)
@@ -134,9 +143,13 @@ class Recipe(Strict):
             raise ValueError("vocabulary goes with heads whose output is not stated otherwise")
         return self
 
+    @property
+    def validates_on_file(self) -> bool:
+        return isinstance(self.validation, str) and self.validation != AUTO
+
     @classmethod
     def read(cls, path: str | Path, given: dict[str, Any] | None = None, changes: Sequence[str] = ()) -> Recipe:
-        """A recipe from a YAML file.
+        """A recipe from a YAML file, or one of those that ship, by its name.
 
         Args:
             given: fields that take the place of the file's.
@@ -145,8 +158,9 @@ class Recipe(Strict):
         Raises:
             ConfigError: where the file is missing, is not YAML, or is not a recipe.
         """
+        path = recipe_path(path)
         try:
-            stated = yaml.safe_load(Path(path).read_text())
+            stated = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
         except yaml.YAMLError as error:
@@ -190,7 +204,7 @@ class Recipe(Strict):
             "logging_nan_inf_filter": False,  # the guard reads the log
             "report_to": [],
         }
-        if self.validation != 0 and not self.stream:
+        if self.validation:
             usual |= {"eval_strategy": "steps", "eval_steps": 1 / EVALUATIONS}
         fixed = {"output_dir": str(out), "seed": self.seed, "remove_unused_columns": False}
         stated = usual | {name: _number(value) for name, value in self.training.items()} | fixed
@@ -270,7 +284,7 @@ def _train(
     trained_on = None if recipe.scratch is not None else _trained_on(recipe)
     tokenizer = _tokenizer(recipe, trained_on, trust_remote_code)
     blocks = _blocks(recipe, tokenizer)
-    training, validation = _split(blocks, recipe, say)
+    training, validation = _split(blocks, recipe, tokenizer, say)
     packed = training if isinstance(training, PackedBlocks) else None
     if packed:
         say(f"{packed.trained_tokens:,} trained tokens in {len(packed):,} blocks of {recipe.length}")
@@ -280,6 +294,8 @@ def _train(
     model = _model(recipe, trained_on, tokenizer, blocks, arguments.device, trust_remote_code)
     if packed and not checkpoint:
         _calibrate(model, packed, say)
+    if validation is not None:
+        _check_reads(model.base, validation)
     if model.multi_token.output.kind == "trimmed" and not trained_on:
         _choose_vocabulary(model, packed, tokenizer, say)
     if recipe.compile:
@@ -363,8 +379,13 @@ def _claimable(recipe: Recipe, out: Path) -> str:
         FormatError: where going on from what is there would mix two trainings, or overwrite what is of no training.
     """
     path = native.writable(out) / "recipe.json"
-    data = {source: sha256(Path(source)) if Path(source).is_file() else None for source in recipe.data}
-    stated = json.dumps(recipe.model_dump() | {"data": data}, indent=2) + "\n"
+    hashes = {"data": _hashes(recipe.data)}
+    if recipe.validates_on_file:
+        hashes["validation"] = _hashes([str(recipe.validation)])
+        same = ({digest or name for name, digest in part.items()} for part in hashes.values())
+        if set.intersection(*same):
+            raise ConfigError(f"validation is {recipe.validation}, which is trained on: give other text, or a share.")
+    stated = json.dumps(recipe.model_dump() | hashes, indent=2) + "\n"
     if path.exists() and path.read_text() != stated:
         raise FormatError(
             f"{out} holds a training with other options or other data ({path}); choose another directory."
@@ -372,6 +393,11 @@ def _claimable(recipe: Recipe, out: Path) -> str:
     if not path.exists():
         _refuse_others(out, recipe.heads is None or not recipe.heads.freeze_trunk)
     return stated
+
+
+def _hashes(sources: Sequence[str]) -> dict[str, str | None]:
+    """The sha256 of each source that is a file."""
+    return {source: sha256(Path(source)) if Path(source).is_file() else None for source in sources}
 
 
 def _refuse_others(out: Path, whole_model: bool) -> None:
@@ -528,16 +554,21 @@ def _choose_vocabulary(
     say(f"drafts can name {len(kept):,} tokens, {coverage(counts, kept):.1%} of the text")
 
 
-def _split(blocks: PackedBlocks | StreamedBlocks, recipe: Recipe, say: Say) -> tuple[Any, PackedBlocks | None]:
-    """The blocks to train on, and those held out: evenly from all over."""
-    if recipe.validation == 0 or not isinstance(blocks, PackedBlocks):
+def _split(
+    blocks: PackedBlocks | StreamedBlocks, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, say: Say
+) -> tuple[Any, PackedBlocks | None]:
+    """The blocks to train on, and those held out: of a source of their own, or evenly from all over."""
+    if recipe.validates_on_file:
+        examples = examples_of([str(recipe.validation)], tokenizer, recipe.length, recipe.split)
+        return blocks, PackedBlocks(examples, recipe.length, blocks.pad_id)
+    if not recipe.validation or not isinstance(blocks, PackedBlocks):
         return blocks, None
-    if recipe.validation is None:
+    if recipe.validation == AUTO:
         count = min(max(1, round(VALIDATION_SHARE * len(blocks))), MOST_VALIDATION_BLOCKS)
         if len(blocks) < LEAST_BLOCKS:
             say(f"{len(blocks)} blocks are too few to hold one out: what is saved is not checked on held-out text")
             return blocks, None
-    elif not (count := min(round(recipe.validation * len(blocks)), len(blocks) - 1)):
+    elif not (count := min(round(float(recipe.validation) * len(blocks)), len(blocks) - 1)):
         raise ConfigError(
             f"validation is {recipe.validation}, but the data makes {len(blocks)} blocks: no block can be held out."
         )

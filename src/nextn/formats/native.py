@@ -734,7 +734,7 @@ def open_for_decoding(
         dtype: `auto` (as stored), `float32` or `bfloat16`.
         rows: how many prompts are decoded side by side.
         trust_remote_code: run the code that the base's repository brings; else such a base is refused.
-        settings: `depth` and `tree` of `Engine`, where there are heads.
+        settings: of `Engine`: `keep`, and where there are heads `depth` and `tree`.
     """
     trunk_dtype = None if dtype == "auto" else named_dtype(dtype)
     if heads not in (None, 1):
@@ -744,7 +744,7 @@ def open_for_decoding(
         base = load_base(plain, trunk_dtype, trust_remote_code).eval()
         if has_heads(name):
             load_adapters(base, heads_directory(name))
-        engine = Engine(Trunk(base), None, rows, end_tokens(base))
+        engine = Engine(Trunk(base), None, rows, end_tokens(base), **settings)
     else:
         model = load(name, dtype=trunk_dtype, trust_remote_code=trust_remote_code)
         engine = model.engine(rows, **settings)
