@@ -93,6 +93,19 @@ def make_host(family: str, seed: int = 0) -> tf.PreTrainedModel:
     return model.eval()
 
 
+def make_longrope_host() -> tf.PreTrainedModel:
+    """A Phi-3 whose short factors end at 64 positions."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "factor": 2.0,
+    }
+    config = tf.Phi3Config(**COMMON, rope_parameters=rope, original_max_position_embeddings=64)
+    return tf.AutoModelForCausalLM.from_config(config).eval()
+
+
 def make_tokenizer() -> tf.PreTrainedTokenizerFast:
     """One token a character: three special ones, then letters, digits and a few marks; as many as a tiny host knows."""
     characters = string.ascii_lowercase + string.digits + string.ascii_uppercase[:19] + " .,?!:\n{}"[:6]

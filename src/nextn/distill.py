@@ -168,7 +168,7 @@ def _append(file: FileIO, line: bytes, out: Path) -> None:
         file.truncate(end)
         raise DataError(
             f"{out} cannot be written ({error.strerror}); the answers that it holds are whole, and the same command "
-            "goes on from there."
+            "resumes after them."
         ) from None
 
 

@@ -65,7 +65,7 @@ def trainable_copy(module: nn.Module, kept: dict[int, Any], dtype: torch.dtype) 
     for part in module.modules():
         if hasattr(part, "_hf_hook"):
             memo[id(part._hf_hook)] = part._hf_hook  # it holds all offloaded weights of the model
-    with _evaluating(module), torch.no_grad():
+    with evaluating(module), torch.no_grad():
         inside: set[int] = set()
         for part in module.modules():
             if id(part) not in inside and _is_linear(part) and has_quantized_weights(part):
@@ -108,8 +108,8 @@ def _plain_linear(module: Any, dtype: torch.dtype) -> nn.Linear:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Without the dropout of adapters."""
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for every part of a module, so that nothing is dropped out; afterwards each has its mode back."""
     training = [part for part in module.modules() if part.training]
     for part in training:
         part.training = False

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +12,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from nextn.config import ConfigError
+from nextn.quantized import evaluating
 from nextn.trunk import HostError, RaggedCache, Trunk, is_out_of_memory, this_thread
 
 logger = logging.get_logger("nextn")
@@ -45,7 +45,7 @@ def check_host(trunk: Trunk) -> None:
         return
     name = type(trunk.model).__name__
     steps = logging.tqdm(total=3, desc="comparing with the host's own generate", delay=2, leave=False)
-    with _evaluating(trunk.model), torch.no_grad(), steps as bar:
+    with evaluating(trunk.model), torch.no_grad(), steps as bar:
         if not _transform_agrees(trunk):
             raise HostError(
                 f"{name} changes its logits after the unembedding in a way that nextn does not know (it knows a scale "
@@ -107,19 +107,6 @@ def _one_sentence(what: str, run: Callable[[], Result], advice: str = "not suppo
             raise
         reason = (str(error).strip().splitlines() or [""])[0].rstrip(".:")
         raise HostError(f"{what} ({type(error).__name__}: {reason}); {advice}.") from error
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout."""
-    training = [part for part in model.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _is_rounded(model: nn.Module) -> bool:

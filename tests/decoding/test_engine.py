@@ -7,11 +7,10 @@ from itertools import zip_longest
 
 import pytest
 import torch
-import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import COMMON, VOCAB, Restless, greedy_reference
+from conftest import VOCAB, Restless, greedy_reference, make_longrope_host
 from nextn.decoding.drafting import BEST, Drafts, HeadDrafter
 from nextn.decoding.engine import Engine, PromptError, warn_once
 from nextn.decoding.pace import Profile
@@ -284,15 +283,7 @@ def test_a_text_goes_on_past_the_context_with_one_warning(trained_model, caplog)
 
 def test_texts_end_where_longrope_would_change_what_was_read(caplog):
     warn_once.cache_clear()
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "short_factor": [1.0] * 4,
-        "long_factor": [2.0] * 4,
-        "factor": 2.0,
-    }
-    config = tf.Phi3Config(**COMMON, rope_parameters=rope, original_max_position_embeddings=64)
-    host = tf.AutoModelForCausalLM.from_config(config).eval()
+    host = make_longrope_host()
     engine = Engine(Trunk(host), None, rows=2)
     with caplog.at_level(logging.WARNING):
         found = dict(engine.generate([[5] * 60, [6] * 9], 20))

@@ -287,7 +287,7 @@ def own_code(base, tmp_path, monkeypatch) -> Path:
     rewrite(base / "tokenizer_config.json", lambda stated: stated.update(tokenizer))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 10))  # to whoever should ask
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 10))  # answers any question with yes
     return base
 
 

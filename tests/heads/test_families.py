@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 
 import nextn
-from conftest import COMMON, CONFIGS, MORE_KINDS, VOCAB, greedy_reference, make_host
+from conftest import COMMON, CONFIGS, MORE_KINDS, VOCAB, greedy_reference, make_host, make_longrope_host
 from nextn.config import ConfigError
 from nextn.heads import Window
 from nextn.heads.base import BestTokens
@@ -80,15 +80,7 @@ def test_hosts_that_cannot_work_are_refused():
 
 
 def test_the_context_of_longrope_ends_with_its_short_factors():
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "short_factor": [1.0] * 4,
-        "long_factor": [2.0] * 4,
-        "factor": 2.0,
-    }
-    config = tf.Phi3Config(**COMMON, rope_parameters=rope, original_max_position_embeddings=64)
-    host = tf.AutoModelForCausalLM.from_config(config)
+    host = make_longrope_host()
     assert Trunk(host).max_length == Trunk(host).hard_limit == 64
 
 
