@@ -7,9 +7,10 @@ from nextn.decoding.stats import Logprob, SpecDecodingStats
 from nextn.decoding.tree import Tree
 from nextn.formats.native import load, load_base, load_tokenizer
 from nextn.model import MultiTokenModel, attach
-from nextn.training import Trainer
+from nextn.training import Calibration, Trainer
 
 __all__ = [
+    "Calibration",
     "Logprob",
     "MultiTokenConfig",
     "MultiTokenModel",

@@ -131,7 +131,9 @@ def attach(
         int, typer.Option(min=0, help="Tokens that drafts can name, most frequent first; 0: all.")
     ] = 8192,
     epochs: Annotated[float, typer.Option(min=1e-3, help="Passes over the data.")] = 3.0,
-    learning_rate: Annotated[float, typer.Option(min=1e-9, help="Peak learning rate, cosine to a tenth.")] = 2.5e-3,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=1e-9, help="Peak learning rate, cosine to a tenth. Default: by the width.")
+    ] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a packed block.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Blocks in a batch.")] = 2,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
@@ -153,7 +155,7 @@ def attach(
         seed=seed,
         training={
             "num_train_epochs": epochs,
-            "learning_rate": learning_rate,
+            **({} if learning_rate is None else {"learning_rate": learning_rate}),
             "per_device_train_batch_size": batch,
             "save_steps": save_steps,
         },

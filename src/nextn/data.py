@@ -160,6 +160,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
 
+def is_byte_tokenizer(tokenizer: Any) -> bool:
+    """Whether each token of a tokenizer, special ones left out, is one of the 256 bytes."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or len(tokenizer) > 512:
+        return False
+    tokens = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+    return len(tokens) == 256 and all(len(token) == 1 for token in tokens)
+
+
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines file that have a `prompt`.
 

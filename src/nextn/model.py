@@ -206,6 +206,27 @@ class MultiTokenModel(BaseInterface):
 
     # --- training ---------------------------------------------------------------------------------------------
 
+    def calibrate(self, batches: Iterable[Mapping[str, Tensor]]) -> int:
+        """Fit where sequential heads start to text, in closed form, which makes their first loss a sane one.
+
+        Batches are read until more of them no longer help, some tens of thousands of tokens; a small model needs fewer.
+        In float64 the fit takes 2 · 8 · (2D)² bytes for a model of width D.
+
+        Args:
+            batches: text like that to be decoded, as `forward` takes it: input_ids [B, T] and, where rows are padded or
+                packed, attention_mask and position_ids. Other entries are ignored.
+
+        Returns:
+            how many positions were fitted; 0 for heads without a closed form (parallel, EAGLE-3, shared-KV).
+        """
+        return self.heads.calibrate(self.trunk, (self._as_text(batch) for batch in batches))
+
+    def _as_text(self, batch: Mapping[str, Tensor]) -> Text:
+        parts = (batch.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+        ids, mask, positions = (None if part is None else part.to(self.trunk.device) for part in parts)
+        assert ids is not None
+        return as_text(ids, mask, positions)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -691,9 +712,8 @@ def attach(
         base: any supported transformers model; it is used as it is, not copied. It may have adapters (LoRA and its kin;
             a `PeftModel` too): heads start from the merged weights, and with `freeze_trunk: false` the active adapters
             are trained, not the base.
-        calibration: text like that to be decoded, as `forward` takes it: input_ids [B, T] and, where rows are padded
-            or packed, attention_mask and position_ids. Sequential heads fit their input projection to it in closed
-            form, which makes the first loss a sane one; 50,000 tokens are enough.
+        calibration: text like that to be decoded, as `forward` takes it, see `MultiTokenModel.calibrate`. Without it
+            `nextn.Trainer` calibrates on its first batches.
 
     Raises:
         HostError, ConfigError: where the host or the config cannot work; the message says why.
@@ -705,9 +725,8 @@ def attach(
     if model.trunk.device.type != "meta":
         model.heads.output.fit(model.heads.start_table(model.trunk))
     if calibration is not None:
-        batch = {name: tensor.to(model.trunk.device) for name, tensor in calibration.items()}
-        text = as_text(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
-        model.heads.calibrate(model.trunk, text)
+        rows = range(0, len(calibration["input_ids"]), 8)
+        model.calibrate({name: tensor[row : row + 8] for name, tensor in calibration.items()} for row in rows)
     model._heads_to_float32()
     return model
 

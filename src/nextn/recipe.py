@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from rich.table import Table
 from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import IntervalStrategy
 
 from nextn.adapters import adapter_layers, add_adapters, merge_adapters
 from nextn.config import ConfigError, MultiTokenConfig, ScheduleConfig, Strict, field_value
@@ -35,12 +36,16 @@ from nextn.model import MultiTokenModel, attach
 from nextn.output import TrimmedOutput
 from nextn.recipe_files import recipe_path
 from nextn.scratch import from_scratch
-from nextn.training import Trainer, is_finished, last_checkpoint, write_finished
+from nextn.training import Trainer, calibrate, is_finished, last_checkpoint, write_finished
 from nextn.trunk import context_length
 from nextn.vocabulary import coverage, most_frequent
 
 BYTES = "bytes"
+AUTO = "auto"
 CALIBRATION_BLOCKS = 128
+WARMUP = 0.05  # of the steps
+EVALUATIONS = 10  # in a training, besides the one before the first step
+VALIDATION_SHARE, MOST_VALIDATION_BLOCKS, LEAST_BLOCKS = 0.05, 32, 4  # where a recipe leaves it open
 OF_TRAINING = {"weights", "objective", "state_noise", "freeze_trunk"}  # fields of the heads that leave them as they are
 
 Say = Callable[[Any], Any]
@@ -61,8 +66,11 @@ class Recipe(Strict):
     data: files (.jsonl, .parquet, .csv, plain text) or datasets of the hub; see `nextn.data`.
     split: of datasets on the hub.
     stream: pack the text as it comes, for more than memory holds; needs `training.max_steps`.
-    validation: what is held out: a share of the blocks, a file or dataset as in `data`, or nothing (0 or null). τ is
-        estimated on it each time it is evaluated.
+    validation: what is held out: a share of the blocks, a file or dataset as in `data`, 0 for nothing, or `auto`: a
+        twentieth, 32 blocks at most, and nothing of a stream or of very little text. Loss, accuracy and an estimate of
+        τ on it are logged ten times; the guard reads them.
+    guard: end with the state of the lowest held-out loss, and go back to it at half the learning rate where the loss
+        rises; see `HeldOutGuard`.
     length: tokens in a packed block.
     schedule: see `ScheduleConfig`.
     lora: train adapters of the trunk rather than its weights: the arguments of `peft.LoraConfig`.
@@ -72,7 +80,8 @@ class Recipe(Strict):
         each position with them, in place of making all logits anew for each depth in each epoch. The rest is left out.
     compile: let torch.compile make machine code of each layer; half a minute at the start, and faster after that.
     seed: of the order of the data, and of random weights.
-    training: arguments of `transformers.TrainingArguments`, over the defaults of `Recipe.arguments`.
+    training: arguments of `transformers.TrainingArguments`, over the defaults of `Recipe.arguments`. Without a
+        `learning_rate` it is that of `usual_learning_rate`.
     """
 
     what: ClassVar[str] = "recipe"
@@ -84,7 +93,8 @@ class Recipe(Strict):
     data: list[str] = Field(min_length=1)
     split: str = "train"
     stream: bool = False
-    validation: float | str | None = 0.0
+    validation: float | str | None = AUTO
+    guard: bool = True
     length: int = Field(default=512, ge=2)
     schedule: ScheduleConfig = ScheduleConfig()
     lora: dict[str, Any] | None = None
@@ -133,6 +143,10 @@ class Recipe(Strict):
             raise ValueError("vocabulary goes with heads whose output is not stated otherwise")
         return self
 
+    @property
+    def validates_on_file(self) -> bool:
+        return isinstance(self.validation, str) and self.validation != AUTO
+
     @classmethod
     def read(cls, path: str | Path, given: dict[str, Any] | None = None, changes: Sequence[str] = ()) -> Recipe:
         """A recipe from a YAML file, or one of those that ship, by its name.
@@ -174,23 +188,24 @@ class Recipe(Strict):
             ConfigError: for an argument that it does not know.
         """
         usual: dict[str, Any] = {
-            "learning_rate": 2.5e-3,
             "lr_scheduler_type": "cosine_with_min_lr",
             "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-            "warmup_steps": 20,
+            "warmup_steps": WARMUP,
             "max_grad_norm": 1.0,
             "weight_decay": 0.01,
             "adam_beta2": 0.95,
             "per_device_train_batch_size": 2,
+            "per_device_eval_batch_size": 2,
             "bf16": True,
             "use_cpu": not torch.accelerator.is_available(),
             "logging_steps": 10,
             "save_steps": 250,
             "save_total_limit": 2,
+            "logging_nan_inf_filter": False,  # the guard reads the log
             "report_to": [],
         }
         if self.validation:
-            usual |= {"eval_strategy": "steps", "eval_steps": 250}
+            usual |= {"eval_strategy": "steps", "eval_steps": 1 / EVALUATIONS}
         fixed = {"output_dir": str(out), "seed": self.seed, "remove_unused_columns": False}
         stated = usual | {name: _number(value) for name, value in self.training.items()} | fixed
         if "lr_scheduler_type" in self.training:
@@ -199,6 +214,21 @@ class Recipe(Strict):
             return transformers.TrainingArguments(**stated)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"training: {str(error).removeprefix('TrainingArguments.__init__() ')}.") from None
+
+
+def usual_learning_rate(model: MultiTokenModel, recipe: Recipe) -> float:
+    """The peak learning rate of a recipe that states none.
+
+    For heads on a frozen trunk it falls with the width D of the model: 2.5e-3 · 576 / D. A trunk that is trained too
+    has the 2e-5 that is usual for fine-tuning (TRL), adapters of it 2e-4 (QLoRA, arXiv:2305.14314), and a model from
+    random weights 1e-3 · 512 / D.
+    """
+    width = model.trunk.width
+    if recipe.scratch is not None:
+        return 1e-3 * 512 / width
+    if not model.multi_token.freeze_trunk:
+        return 2e-4 if adapter_layers(model.base) else 2e-5
+    return 2.5e-3 * 576 / width
 
 
 def _number(value: Any) -> Any:
@@ -254,15 +284,16 @@ def _train(
     trained_on = None if recipe.scratch is not None else _trained_on(recipe)
     tokenizer = _tokenizer(recipe, trained_on, trust_remote_code)
     blocks = _blocks(recipe, tokenizer)
-    training, validation = _split(blocks, recipe, tokenizer)
+    training, validation = _split(blocks, recipe, tokenizer, say)
     packed = training if isinstance(training, PackedBlocks) else None
     if packed:
         say(f"{packed.trained_tokens:,} trained tokens in {len(packed):,} blocks of {recipe.length}")
     transformers.set_seed(recipe.seed)
     was_begun = any(out.glob("checkpoint-*"))
     (checkpoint,) = broadcast_object_list([None if arguments.process_index else last_checkpoint(out, say)])
-    calibration = None if checkpoint else packed
-    model = _model(recipe, trained_on, tokenizer, blocks, calibration, arguments.device, trust_remote_code)
+    model = _model(recipe, trained_on, tokenizer, blocks, arguments.device, trust_remote_code)
+    if packed and not checkpoint:
+        _calibrate(model, packed, say)
     if validation is not None:
         _check_reads(model.base, validation)
     if model.multi_token.output.kind == "trimmed" and not trained_on:
@@ -276,11 +307,17 @@ def _train(
     if not arguments.process_index:
         with replacing(out / "recipe.json") as part:
             part.write_text(stated)
+    if "learning_rate" not in recipe.training:
+        arguments.learning_rate = usual_learning_rate(model, recipe)
+        say(f"learning rate {arguments.learning_rate:.2g} at its peak, for a model of width {model.trunk.width:,}")
+    if validation is None:
+        arguments.eval_strategy = IntervalStrategy.NO
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=_with_outputs(training, model, recipe, arguments, out, say),
         eval_dataset=validation,
+        guard=recipe.guard and validation is not None,
         data_collator=default_collate,  # blocks are of one length; the tokenizer's collator would take them apart
         processing_class=tokenizer,
         schedule=recipe.schedule,
@@ -303,25 +340,31 @@ def _train(
 
 
 def summary(history: list[dict[str, Any]], n: int) -> Table:
-    """Loss and accuracy by depth at the start and at the end of a training, and the estimated τ where there is one."""
-    logged = [entry for entry in history if "loss" in entry]
-    shown = logged[:1] + logged[1:][-1:]
-    taus = [entry["eval_tau"] for entry in history if "eval_tau" in entry]
-    title = "loss and accuracy" + (f", τ estimated on held-out text: {taus[-1]:.2f}" if taus else "")
+    """Loss and accuracy by depth at the start and the end of a training, of held-out text where there is some."""
+    held_out = [entry for entry in history if "eval_loss" in entry]
+    if held_out:
+        prefix, shown, names = "eval_", [held_out[0], held_out[-1]], ["start", "saved"]
+        title = f"{held_out[-1].get('eval_tokens', 0):,.0f} tokens of held-out text"
+        if "eval_tau" in held_out[-1]:
+            title += f", τ estimated on them: {held_out[-1]['eval_tau']:.2f}"
+    else:
+        logged = [entry for entry in history if "loss" in entry]
+        prefix, shown, title = "", logged[:1] + logged[1:][-1:], "loss and accuracy in training"
+        names = [f"step {entry['step']}" for entry in shown]
     table = Table(title=title, title_justify="left")
     table.add_column("token")
-    for entry in shown:
-        table.add_column(f"step {entry['step']}", justify="right")
+    for name in names:
+        table.add_column(name, justify="right")
         table.add_column("", justify="right")
     for depth in range(1, n + 1):
         cells = [
-            (f"{entry[f'loss_{depth}']:.3f}", f"{entry[f'accuracy_{depth}']:.0%}")
-            if f"loss_{depth}" in entry
+            (f"{entry[f'{prefix}loss_{depth}']:.3f}", f"{entry[f'{prefix}accuracy_{depth}']:.0%}")
+            if f"{prefix}loss_{depth}" in entry
             else ("–", "–")
             for entry in shown
         ]
         table.add_row(f"t+{depth}", *(cell for pair in cells for cell in pair))
-    table.add_row("all", *(cell for entry in shown for cell in (f"{entry['loss']:.3f}", "")))
+    table.add_row("all", *(cell for entry in shown for cell in (f"{entry[f'{prefix}loss']:.3f}", "")))
     return table
 
 
@@ -337,8 +380,8 @@ def _claimable(recipe: Recipe, out: Path) -> str:
     """
     path = native.writable(out) / "recipe.json"
     hashes = {"data": _hashes(recipe.data)}
-    if isinstance(recipe.validation, str):
-        hashes["validation"] = _hashes([recipe.validation])
+    if recipe.validates_on_file:
+        hashes["validation"] = _hashes([str(recipe.validation)])
         same = ({digest or name for name, digest in part.items()} for part in hashes.values())
         if set.intersection(*same):
             raise ConfigError(f"validation is {recipe.validation}, which is trained on: give other text, or a share.")
@@ -424,16 +467,14 @@ def _model(
     trained_on: MultiTokenConfig | None,
     tokenizer: PreTrainedTokenizerBase,
     blocks: PackedBlocks | StreamedBlocks,
-    calibration: PackedBlocks | None,
     device: torch.device,
     trust_remote_code: bool,
 ) -> MultiTokenModel:
-    """The model to train, on the device, where a fit of its start is fast.
+    """The model to train, on the device, where calibrating it is fast.
 
     Args:
         trained_on: the config of heads that the base has.
         blocks: the text, whose tokens and length the base must have.
-        calibration: text for that fit.
     """
     if recipe.scratch is not None:
         model = from_scratch(recipe.scratch, recipe.config(), tokenizer)
@@ -450,14 +491,25 @@ def _model(
         else:
             base: Any = native.load_base(recipe.base, dtype, trust_remote_code)
             _check_reads(base, blocks)
-            batch = calibration.batch(range(min(CALIBRATION_BLOCKS, len(calibration)))) if calibration else None
-            model = attach(base.to(device), config, batch)
+            model = attach(base.to(device), config)
     if not model.multi_token.freeze_trunk:  # saved with the ids of these tokens, the model could not be opened again
         special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
         check_ids([token for token in special if token is not None], model.trunk.vocab_size)
     if recipe.lora is not None:
         add_adapters(model.base, recipe.lora)
     return model
+
+
+def _calibrate(model: MultiTokenModel, blocks: PackedBlocks, say: Say) -> None:
+    """Fit new heads to blocks from all over the text."""
+    if not model.heads.can_calibrate:
+        return
+    rows = 4
+    count = min(len(blocks), CALIBRATION_BLOCKS)
+    places = [place * len(blocks) // count for place in range(count)]
+    batches = (blocks.batch(places[start : start + rows]) for start in range(0, count, rows))
+    positions = calibrate(model, batches, -(-count // rows))
+    say(f"heads calibrated on {positions:,} tokens")
 
 
 def _check_reads(base: PreTrainedModel, blocks: PackedBlocks | StreamedBlocks) -> None:
@@ -503,20 +555,24 @@ def _choose_vocabulary(
 
 
 def _split(
-    blocks: PackedBlocks | StreamedBlocks, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+    blocks: PackedBlocks | StreamedBlocks, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, say: Say
 ) -> tuple[Any, PackedBlocks | None]:
     """The blocks to train on, and those held out: of a source of their own, or evenly from all over."""
-    if isinstance(recipe.validation, str):
-        examples = examples_of([recipe.validation], tokenizer, recipe.length, recipe.split)
+    if recipe.validates_on_file:
+        examples = examples_of([str(recipe.validation)], tokenizer, recipe.length, recipe.split)
         return blocks, PackedBlocks(examples, recipe.length, blocks.pad_id)
     if not recipe.validation or not isinstance(blocks, PackedBlocks):
         return blocks, None
-    every = max(2, round(1 / recipe.validation))
-    held_out = set(range(every - 1, len(blocks), every))
-    if not held_out:
+    if recipe.validation == AUTO:
+        count = min(max(1, round(VALIDATION_SHARE * len(blocks))), MOST_VALIDATION_BLOCKS)
+        if len(blocks) < LEAST_BLOCKS:
+            say(f"{len(blocks)} blocks are too few to hold one out: what is saved is not checked on held-out text")
+            return blocks, None
+    elif not (count := min(round(float(recipe.validation) * len(blocks)), len(blocks) - 1)):
         raise ConfigError(
             f"validation is {recipe.validation}, but the data makes {len(blocks)} blocks: no block can be held out."
         )
+    held_out = {(2 * place + 1) * len(blocks) // (2 * count) for place in range(count)}
     kept = [place for place in range(len(blocks)) if place not in held_out]
     return blocks.part(kept), blocks.part(sorted(held_out))
 

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers.utils import logging
 
 from nextn.adapters import adapter_layers
 from nextn.config import ConfigError, ScheduleConfig
+from nextn.data import is_byte_tokenizer
 from nextn.files import sha256, write_json
 from nextn.formats import native
+from nextn.guard import HeldOutGuard
 from nextn.model import MultiTokenModel, MultiTokenOutput
 from nextn.trainers import TrainerLink, by_depth
 
 CHECKSUMS = "checksums.json"  # of the files of a checkpoint
+CALIBRATION_BATCHES = 256  # at most; see `RidgeRegression` for how many are read
 FINISHED = "finished.json"  # written when the result of a training is complete
 RESUMED = ("trainer_state.json", "nextn/heads.safetensors", "optimizer*", "scheduler.pt")  # what resuming reads
 RESULT = ("*.safetensors", "nextn/**/*")  # the files of a result
@@ -42,13 +49,27 @@ class Trainer(transformers.Trainer):
 
     Args:
         schedule: how weights change, and on what heads are trained; default: always the config's, on all.
+        guard: end with the state of the lowest held-out loss, and go back to it where the loss rises, see
+            `HeldOutGuard`; needs `eval_dataset`.
+        calibrate: fit new sequential heads to the first batches, see `MultiTokenModel.calibrate`, before training.
+            (Other trainers take `nextn.Calibration()` among their callbacks.)
     """
 
     model: MultiTokenModel
 
-    def __init__(self, *args: Any, schedule: ScheduleConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        schedule: ScheduleConfig | None = None,
+        guard: bool = False,
+        calibrate: bool = True,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.remove_callback(TrainerLink)  # for trainers that know nothing of heads
+        self.calibrate = calibrate
+        if guard and self.eval_dataset is None:
+            raise ConfigError("guard compares losses on held-out text: give an eval_dataset, or leave guard out.")
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.activation_checkpointing:
             raise ConfigError(
@@ -59,10 +80,15 @@ class Trainer(transformers.Trainer):
         self.model.schedule = schedule or ScheduleConfig()
         self.model.held_out_tau = None  # of what it was before
         self._depths: list[Tensor] = []  # loss, accuracy and overlap by depth of each batch since the last log [3, n]
-        self._tokens, self._since = 0, time.monotonic()
+        self._tokens, self._since, self._aside = 0, time.monotonic(), 0.0
+        self._held_out: list[Tensor] = []  # targets, and loss and accuracy by depth of each held-out batch [1 + 2n]
         self._accepted: list[int] = []
+        self.guard = HeldOutGuard(self) if guard else None
         self.add_callback(_Scheduled(self.model))
+        if self.guard:
+            self.add_callback(self.guard)
         self.add_callback(_AtTheEnd())
+        self.add_callback(_LogFile())
 
     def create_accelerator_and_postprocess(self) -> None:
         """Let DistributedDataParallel expect parameters without a gradient.
@@ -91,7 +117,19 @@ class Trainer(transformers.Trainer):
                 )
         elif resume_from_checkpoint:
             _refuse_damaged(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        elif self.calibrate and self.model.heads.can_calibrate:
+            calibrate(self.model, self._first_batches(), CALIBRATION_BATCHES)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.guard and self.guard.best_step != self.state.global_step:
+            self.load_checkpoint_weights(self.guard.best_checkpoint)
+        return output
+
+    def _first_batches(self) -> Iterator[Any]:
+        """Batches of the training data in its own order, alike in all processes."""
+        data, size = self.train_dataset, self.args.train_batch_size
+        items = iter(data) if isinstance(data, IterableDataset) else (data[place] for place in range(len(data)))  # type: ignore
+        while batch := list(islice(items, size)):
+            yield self.data_collator(batch)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         if self.control.should_training_stop:  # the checkpoint is of the last step, see `_AtTheEnd`
@@ -109,6 +147,9 @@ class Trainer(transformers.Trainer):
                 self._tokens += inputs["input_ids"].numel()
             elif outputs.accepted is not None:
                 self._accepted += simulated(outputs.accepted)
+                targets = (outputs.accepted >= 0).sum()[None]
+                figures = targets, outputs.depth_losses, outputs.depth_accuracies
+                self._held_out.append(torch.cat(figures).double())  # type: ignore[arg-type]
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(
@@ -119,28 +160,58 @@ class Trainer(transformers.Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        self._accepted.clear()
+        self._accepted, self._held_out = [], []
         scheduled = self.model.weights  # a phase of the schedule; figures of all phases are to be comparable
         self.model.weights = self.model.multi_token.weights.by_depth(self.model.multi_token.n)
         try:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            with self._not_training():
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
         finally:
             self.model.weights = scheduled
         assert output.metrics is not None
-        counts = torch.tensor([len(self._accepted), sum(self._accepted)], device=self.args.device)
-        steps, drafts = self.accelerator.reduce(counts, "sum").tolist()
-        if steps:
-            output.metrics[f"{metric_key_prefix}_tau"] = self.model.held_out_tau = 1 + drafts / steps
+        figures = self._held_out_figures()
+        output.metrics.update({f"{metric_key_prefix}_{name}": figure for name, figure in figures.items()})
+        self.model.held_out_tau = output.metrics.get(f"{metric_key_prefix}_tau", self.model.held_out_tau)
         return output
+
+    def _held_out_figures(self) -> dict[str, float]:
+        """Of the evaluation that just ended, over all processes: loss and accuracy by depth, tokens, and tau."""
+        n = self.model.multi_token.n
+        batches = torch.stack(self._held_out) if self._held_out else torch.zeros(1, 1 + 2 * n, dtype=torch.double)
+        weighted = torch.cat([batches[:, :1], batches[:, 1:] * batches[:, :1]], dim=1).sum(dim=0)
+        counts = torch.tensor([len(self._accepted), sum(self._accepted)], dtype=torch.double)
+        summed = torch.cat([weighted.cpu(), counts]).to(self.args.device, torch.float32)
+        tokens, *sums, steps, drafts = self.accelerator.reduce(summed, "sum").tolist()
+        if not tokens:
+            return {}
+        figures = {"tokens": tokens}
+        for place, name in enumerate(("loss", "accuracy")):
+            for depth, value in enumerate(sums[place * n : (place + 1) * n], start=1):
+                if value == value:  # a depth that is not computed is NaN
+                    figures[f"{name}_{depth}"] = value / tokens
+        if "loss_1" in figures and is_byte_tokenizer(self.processing_class):
+            figures["bits_per_byte"] = figures["loss_1"] / math.log(2)
+        if steps:
+            figures["tau"] = 1 + drafts / steps
+        return figures
+
+    @contextmanager
+    def _not_training(self) -> Iterator[None]:
+        """Leave the time that passes out of `tokens_per_second`."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._aside += time.monotonic() - start
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._depths and "loss" in logs:
             logs |= by_depth(self._depths)
             tokens, now = self._tokens * self.args.world_size, time.monotonic()
-            logs["tokens_per_second"] = round(tokens / max(now - self._since, 1e-9), 1)
-            self._depths, self._tokens, self._since = [], 0, now
+            logs["tokens_per_second"] = round(tokens / max(now - self._since - self._aside, 1e-9), 1)
+            self._depths, self._tokens, self._since, self._aside = [], 0, now, 0.0
         super().log(logs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
@@ -158,11 +229,27 @@ class Trainer(transformers.Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of the current step."""
+        self._save_checkpoint(self.model_wrapped, trial=None)
+
+    def load_checkpoint_weights(self, checkpoint: str | Path) -> None:
+        """Load what is trained from a checkpoint, and leave the optimizer and the step as they are.
+
+        Raises:
+            ConfigError: for a damaged checkpoint.
+        """
+        _refuse_damaged(checkpoint, needed=())
+        self._load_from_checkpoint(str(checkpoint))
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # every process writes files of its own
-        if self.args.should_save:
-            write_checksums(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+        if self.guard:
+            self.state.best_model_checkpoint = str(self.guard.best_checkpoint)  # transformers removes it last
+        with self._not_training():
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # every process writes files of its own
+            if self.args.should_save:
+                write_checksums(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled:
@@ -222,8 +309,7 @@ class Trainer(transformers.Trainer):
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        _refuse_damaged(self.state.best_model_checkpoint, needed=())
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self.load_checkpoint_weights(self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with_fsdp = any(Path(resume_from_checkpoint).glob("pytorch_model_fsdp*"))
@@ -260,6 +346,36 @@ class _Scheduled(transformers.TrainerCallback):
         self.model.weights = self.model.schedule.weights_at(progress, config.weights, config.n, least)
 
 
+class Calibration(transformers.TrainerCallback):
+    """Calibrates new heads on the first batches of any trainer of transformers; `nextn.Trainer` does so by itself.
+
+    Raises:
+        ConfigError: in several processes, which see different batches; call `model.calibrate` before training there.
+    """
+
+    def on_train_begin(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        if state.global_step or not model.heads.can_calibrate:
+            return
+        if args.world_size > 1:
+            raise ConfigError(
+                "Calibration runs in one process: call model.calibrate(batches) before the trainer is made."
+            )
+        calibrate(model, kwargs["train_dataloader"], CALIBRATION_BATCHES)
+
+
+def calibrate(model: MultiTokenModel, batches: Iterable[Any], most: int) -> int:
+    """`MultiTokenModel.calibrate` with a progress bar.
+
+    Args:
+        most: how many batches are read at most.
+    """
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        count = model.calibrate(bar.track(islice(batches, most), total=most, description="calibrating, at most"))
+    return count
+
+
 def _fill_states(optimizer: Any) -> None:
     """Give parameters without an optimizer state one of zeros, where a step begins.
 
@@ -292,6 +408,22 @@ class _AtTheEnd(transformers.TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: transformers.TrainerControl, **kwargs: Any) -> None:
         if self.is_done:
             control.should_save = control.should_evaluate = control.should_log = False
+
+
+class _LogFile(transformers.TrainerCallback):
+    """Writes what is logged to log.jsonl in the output directory, a line each; a resumed run goes on with its lines."""
+
+    def on_train_begin(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
+        self._write(args, state, "w", state.log_history)
+
+    def on_log(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
+        self._write(args, state, "a", state.log_history[-1:])
+
+    @staticmethod
+    def _write(args: Any, state: transformers.TrainerState, mode: str, entries: list[dict[str, Any]]) -> None:
+        if state.is_world_process_zero:
+            with open(Path(args.output_dir) / "log.jsonl", mode) as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
 def simulated(accepted: Tensor) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -238,8 +238,19 @@ class Heads(nn.Module, ABC):
     ) -> None:
         """Give `growth` the states of each depth, and go on from the tokens that it chose."""
 
-    def calibrate(self, trunk: Trunk, text: Text) -> None:
-        """Set the start of the weights from what the trunk does on a text, where a kind of heads can."""
+    @property
+    def can_calibrate(self) -> bool:
+        """Whether `calibrate` would set where the weights start: false for kinds without a closed form, and once
+        heads were calibrated or trained."""
+        return False
+
+    def calibrate(self, trunk: Trunk, texts: Iterable[Text]) -> int:
+        """Set where the weights start from what the trunk does on texts, for kinds with a closed form.
+
+        Returns:
+            how many positions were used; 0 for kinds without one.
+        """
+        return 0
 
     @staticmethod
     def output_width(config: MultiTokenConfig, trunk: Trunk) -> int:

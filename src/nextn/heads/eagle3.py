@@ -15,7 +15,6 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from nextn.config import MultiTokenConfig
-from nextn.heads.base import Text
 from nextn.heads.sequential import RecurrentHeads
 from nextn.trunk import ATTENTION, ChainCache, HostError, RaggedCache, Trunk, VisibleFn, cache_argument
 
@@ -136,9 +135,6 @@ class Eagle3Heads(RecurrentHeads):
     def _end(self, state: Tensor) -> Tensor:
         norm: Any = self.step.norm
         return norm(state)
-
-    def calibrate(self, trunk: Trunk, text: Text) -> None:
-        """Nothing: where it starts is not a closed form."""
 
 
 def usual_layers(trunk: Trunk) -> list[int]:

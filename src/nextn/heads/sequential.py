@@ -6,11 +6,14 @@ Distinct modules are DeepSeek-V3's (arXiv:2412.19437, eqs 21-23); one module for
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from nextn.config import MultiTokenConfig
 from nextn.heads.base import Growth, Heads, Level, Text, Window
+from nextn.heads.least_squares import RidgeRegression
 from nextn.trunk import ChainCache, RaggedCache, Trunk, VisibleFn, with_own_keys
 
 
@@ -25,8 +28,17 @@ class SequentialModule(nn.Module):
         self.eh_proj = nn.Linear(2 * width, width, bias=False, device=trunk.device, dtype=trunk.dtype)
         self.layer = trunk.new_layer(dense)
         self.norm = trunk.new_norm(like_final=True)
-        with torch.no_grad():  # without calibration: pass the state on, ignore the token
-            self.eh_proj.weight.copy_(torch.eye(width, 2 * width).roll(width, dims=1))
+        with torch.no_grad():
+            self.eh_proj.weight.copy_(self._pass_on())
+
+    def _pass_on(self) -> Tensor:
+        """The eh_proj of a new module [D, 2D]: the state goes on as it is, and the token is ignored."""
+        width = len(self.eh_proj.weight)
+        return torch.eye(width, 2 * width).roll(width, dims=1)
+
+    @property
+    def is_new(self) -> bool:
+        return torch.equal(self.eh_proj.weight.cpu().float(), self._pass_on())
 
     def fuse(self, embedding: Tensor, state: Tensor) -> Tensor:
         """[B, T, D] and [B, T, D] -> what eh_proj reads [B, T, 2D]."""
@@ -46,31 +58,40 @@ class SequentialModule(nn.Module):
         return self.norm(trunk.run_layer(self.layer, self.eh_proj(fused), positions, visible, cache))
 
     @torch.no_grad()
-    def calibrate(self, trunk: Trunk, text: Text, heads: Heads) -> None:
+    def calibrate(self, trunk: Trunk, texts: Iterable[Text], heads: Heads) -> int:
         """Fit eh_proj, in closed form, to the state that the host's last layer reads one position later.
 
         The module's layer starts as a copy of that last layer, so with a good eh_proj the module starts as the
-        trunk's own guess one token further. Ridge regression in float64 over the positions of the text; with fewer
-        than some ten thousand of them it fits that text and no other.
+        trunk's own guess one token further. Texts are read until more of them no longer help, see `RidgeRegression`; an
+        eighth of the first one decides on the ridge.
+
+        Returns:
+            how many positions were fitted.
         """
-        weight: Tensor = self.eh_proj.weight
-        width = 2 * trunk.width
-        gram = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
-        moments = torch.zeros(width, trunk.width, dtype=torch.float64, device=weight.device)
-        for part in text.split(rows=8):
-            hidden, into_last = trunk.run(part.ids, part.positions, part.visible, tap="before_last_layer")
-            if heads.tap == "before_last_layer":
-                hidden = into_last
-            elif heads.tap != "post_norm":
-                hidden = heads.read(trunk.run(part.ids, part.positions, part.visible, tap=heads.tap)[1])
-            next_in_document = (part.documents[:, 1:] == part.documents[:, :-1]) & (part.documents[:, 1:] >= 0)
-            fused = self.fuse(trunk.embedding(part.ids).to(hidden.dtype)[:, 1:], hidden[:, :-1])
-            inputs = fused[next_in_document].double()  # [N, 2D]
-            gram += inputs.T @ inputs
-            moments += inputs.T @ into_last[:, 1:][next_in_document].double()
-        ridge = 1e-3 * gram.diagonal().mean()
-        gram.diagonal().add_(ridge)
-        weight.copy_(torch.linalg.solve(gram, moments).T)
+        fit: RidgeRegression | None = None
+        for text in texts:
+            inputs, targets = self._pairs(trunk, text, heads)
+            if fit is None:
+                held_out = torch.arange(len(inputs), device=inputs.device) % 8 == 7
+                fit = RidgeRegression((inputs[held_out], targets[held_out]))
+                inputs, targets = inputs[~held_out], targets[~held_out]
+            if not fit.add(inputs, targets):
+                break
+        if fit is None:
+            return 0
+        self.eh_proj.weight.copy_(fit.solution().T)
+        return fit.count
+
+    def _pairs(self, trunk: Trunk, text: Text, heads: Heads) -> tuple[Tensor, Tensor]:
+        """What eh_proj reads [N, 2D], and what the host's last layer reads one position later [N, D]."""
+        hidden, into_last = trunk.run(text.ids, text.positions, text.visible, tap="before_last_layer")
+        if heads.tap == "before_last_layer":
+            hidden = into_last
+        elif heads.tap != "post_norm":
+            hidden = heads.read(trunk.run(text.ids, text.positions, text.visible, tap=heads.tap)[1])
+        next_in_document = (text.documents[:, 1:] == text.documents[:, :-1]) & (text.documents[:, 1:] >= 0)
+        fused = self.fuse(trunk.embedding(text.ids).to(hidden.dtype)[:, 1:], hidden[:, :-1])
+        return fused[next_in_document], into_last[:, 1:][next_in_document]
 
 
 def ahead(ids: Tensor, by: int) -> Tensor:
@@ -88,12 +109,17 @@ class DistinctHeads(Heads):
         # The module of depth k made its newest k-2 entries from drafts; see them again.
         self.lookback = self.n - 2
 
-    def calibrate(self, trunk: Trunk, text: Text) -> None:
+    @property
+    def can_calibrate(self) -> bool:
+        return all(module.is_new for module in self.steps)
+
+    def calibrate(self, trunk: Trunk, texts: Iterable[Text]) -> int:
         first, *others = self.steps
         assert isinstance(first, SequentialModule)
-        first.calibrate(trunk, text, self)
+        count = first.calibrate(trunk, texts, self)
         for module in others:  # they are alike so far
             module.load_state_dict(first.state_dict())
+        return count
 
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
         visible = text.visible
@@ -150,9 +176,12 @@ class RecurrentHeads(Heads):
     def _new_step(self, config: MultiTokenConfig, trunk: Trunk) -> nn.Module:
         return SequentialModule(trunk, config.dense)
 
-    def calibrate(self, trunk: Trunk, text: Text) -> None:
-        assert isinstance(self.step, SequentialModule)
-        self.step.calibrate(trunk, text, self)
+    @property
+    def can_calibrate(self) -> bool:
+        return isinstance(self.step, SequentialModule) and self.step.is_new
+
+    def calibrate(self, trunk: Trunk, texts: Iterable[Text]) -> int:
+        return self.step.calibrate(trunk, texts, self) if isinstance(self.step, SequentialModule) else 0
 
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
         states, past = [self.read(hidden)], None  # the keys and values grow by one block of T entries a step
