@@ -36,7 +36,7 @@ from nextn.model import MultiTokenModel, attach
 from nextn.output import TrimmedOutput
 from nextn.recipe_files import recipe_path
 from nextn.scratch import from_scratch
-from nextn.training import Trainer, calibrate, is_finished, last_checkpoint, write_finished
+from nextn.training import CALIBRATION_ROWS, Trainer, calibrate, is_finished, last_checkpoint, write_finished
 from nextn.trunk import context_length
 from nextn.vocabulary import coverage, most_frequent
 
@@ -292,7 +292,7 @@ def _train(
     was_begun = any(out.glob("checkpoint-*"))
     (checkpoint,) = broadcast_object_list([None if arguments.process_index else last_checkpoint(out, say)])
     model = _model(recipe, trained_on, tokenizer, blocks, arguments.device, trust_remote_code)
-    if packed and not checkpoint:
+    if packed and not checkpoint and recipe.scratch is None and not trained_on:
         _calibrate(model, packed, say)
     if validation is not None:
         _check_reads(model.base, validation)
@@ -318,6 +318,7 @@ def _train(
         train_dataset=_with_outputs(training, model, recipe, arguments, out, say),
         eval_dataset=validation,
         guard=recipe.guard and validation is not None,
+        calibrate=False,
         data_collator=default_collate,  # blocks are of one length; the tokenizer's collator would take them apart
         processing_class=tokenizer,
         schedule=recipe.schedule,
@@ -503,8 +504,9 @@ def _model(
 def _calibrate(model: MultiTokenModel, blocks: PackedBlocks, say: Say) -> None:
     """Fit new heads to blocks from all over the text."""
     if not model.heads.can_calibrate:
+        say(f"{model.multi_token.kind} heads have no closed form to calibrate: their first losses are high")
         return
-    rows = 4
+    rows = CALIBRATION_ROWS
     count = min(len(blocks), CALIBRATION_BLOCKS)
     places = [place * len(blocks) // count for place in range(count)]
     batches = (blocks.batch(places[start : start + rows]) for start in range(0, count, rows))

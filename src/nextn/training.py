@@ -31,6 +31,7 @@ from nextn.model import MultiTokenModel, MultiTokenOutput
 from nextn.trainers import TrainerLink, by_depth
 
 CHECKSUMS = "checksums.json"  # of the files of a checkpoint
+CALIBRATION_ROWS = 4  # sequences in a batch for calibration, whatever the batch size of the training
 CALIBRATION_BATCHES = 256  # at most; see `RidgeRegression` for how many are read
 FINISHED = "finished.json"  # written when the result of a training is complete
 RESUMED = ("trainer_state.json", "nextn/heads.safetensors", "optimizer*", "scheduler.pt")  # what resuming reads
@@ -84,11 +85,9 @@ class Trainer(transformers.Trainer):
         self._held_out: list[Tensor] = []  # targets, and loss and accuracy by depth of each held-out batch [1 + 2n]
         self._accepted: list[int] = []
         self.guard = HeldOutGuard(self) if guard else None
-        self.add_callback(_Scheduled(self.model))
-        if self.guard:
-            self.add_callback(self.guard)
-        self.add_callback(_AtTheEnd())
-        self.add_callback(_LogFile())
+        callbacks = _LogFile(), _Scheduled(self.model), *([self.guard] if self.guard else []), _AtTheEnd()
+        for callback in callbacks:
+            self.add_callback(callback)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Let DistributedDataParallel expect parameters without a gradient.
@@ -117,7 +116,7 @@ class Trainer(transformers.Trainer):
                 )
         elif resume_from_checkpoint:
             _refuse_damaged(resume_from_checkpoint)
-        elif self.calibrate and self.model.heads.can_calibrate:
+        elif self.calibrate and self.model.heads.is_new:
             calibrate(self.model, self._first_batches(), CALIBRATION_BATCHES)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.guard and self.guard.best_step != self.state.global_step:
@@ -126,9 +125,9 @@ class Trainer(transformers.Trainer):
 
     def _first_batches(self) -> Iterator[Any]:
         """Batches of the training data in its own order, alike in all processes."""
-        data, size = self.train_dataset, self.args.train_batch_size
-        items = iter(data) if isinstance(data, IterableDataset) else (data[place] for place in range(len(data)))  # type: ignore
-        while batch := list(islice(items, size)):
+        data: Any = self.train_dataset
+        items = iter(data) if isinstance(data, IterableDataset) else (data[index] for index in range(len(data)))
+        while batch := list(islice(items, CALIBRATION_ROWS)):
             yield self.data_collator(batch)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -142,6 +141,8 @@ class Trainer(transformers.Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if isinstance(outputs, MultiTokenOutput) and outputs.depth_losses is not None:
             if model.training:
+                if not (self.state.global_step or self._depths) and self.is_world_process_zero():
+                    self._report_first_loss(outputs.depth_losses)
                 figures = outputs.depth_losses, outputs.depth_accuracies, outputs.depth_overlaps
                 self._depths.append(torch.stack(figures))  # type: ignore[arg-type]
                 self._tokens += inputs["input_ids"].numel()
@@ -151,6 +152,24 @@ class Trainer(transformers.Trainer):
                 figures = targets, outputs.depth_losses, outputs.depth_accuracies
                 self._held_out.append(torch.cat(figures).double())  # type: ignore[arg-type]
         return (loss, outputs) if return_outputs else loss
+
+    def _report_first_loss(self, depth_losses: Tensor) -> None:
+        """Warn where a guess among all tokens would do better before the first step, with the likely cause."""
+        uniform = math.log(self.model.trunk.vocab_size)
+        for depth, loss in enumerate(depth_losses.tolist(), start=1):
+            if loss > uniform:
+                logger.warning(
+                    f"The first loss of t+{depth} is {loss:.1f}; a uniform guess among {self.model.trunk.vocab_size:,} "
+                    f"tokens has {uniform:.1f}. {self._likely_cause(depth)}"
+                )
+                return
+
+    def _likely_cause(self, depth: int) -> str:
+        if depth == 1:
+            return "The base cannot predict this text: its weights are random, or the text was tokenized for another."
+        if self.model.heads.is_new:
+            return "The heads are not calibrated: leave calibrate on, or call model.calibrate(batches) before."
+        return "The heads do not fit the base: were they trained on another one, or with other data?"
 
     def evaluation_loop(
         self,
@@ -355,7 +374,7 @@ class Calibration(transformers.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
-        if state.global_step or not model.heads.can_calibrate:
+        if state.global_step:
             return
         if args.world_size > 1:
             raise ConfigError(
@@ -411,19 +430,25 @@ class _AtTheEnd(transformers.TrainerCallback):
 
 
 class _LogFile(transformers.TrainerCallback):
-    """Writes what is logged to log.jsonl in the output directory, a line each; a resumed run goes on with its lines."""
+    """Writes what is logged to log.jsonl in the output directory, a line each.
+
+    A resumed run first cuts the file back to what its checkpoint knows; one with no step left leaves it as it is.
+    """
+
+    def __init__(self) -> None:
+        self.resumed_at = 0  # step
+        self.mode = "a"
 
     def on_train_begin(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
-        self._write(args, state, "w", state.log_history)
+        self.resumed_at, self.mode = state.global_step, "w"
 
     def on_log(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
-        self._write(args, state, "a", state.log_history[-1:])
-
-    @staticmethod
-    def _write(args: Any, state: transformers.TrainerState, mode: str, entries: list[dict[str, Any]]) -> None:
-        if state.is_world_process_zero:
-            with open(Path(args.output_dir) / "log.jsonl", mode) as file:
-                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        if not state.is_world_process_zero or state.global_step == self.resumed_at > 0:
+            return
+        entries = state.log_history if self.mode == "w" else state.log_history[-1:]
+        with open(native.writable(args.output_dir) / "log.jsonl", self.mode) as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        self.mode = "a"
 
 
 def simulated(accepted: Tensor) -> list[int]:

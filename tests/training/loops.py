@@ -174,7 +174,7 @@ def summed(tensor: Tensor) -> Tensor:
 
 
 LOOPS: dict[str, Callable[..., list[float]]] = {
-    "nextn": partial(trainer_loop, nextn.Trainer),
+    "nextn": partial(trainer_loop, partial(nextn.Trainer, calibrate=False)),  # the others do not calibrate
     "stock": partial(trainer_loop, transformers.Trainer),
     "accelerate": accelerate_loop,
     "hand": hand_loop,

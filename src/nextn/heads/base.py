@@ -166,6 +166,7 @@ class Heads(nn.Module, ABC):
     cache_count: int  # how many K/V caches drafting needs
     reads: tuple[int, ...] = ()  # layers of the trunk whose keys and values heads read
     recurrent: bool = False  # whether one module serves all depths
+    can_calibrate: bool = False  # whether `calibrate` has a closed form
     mixes: bool = True  # whether states of several layers are mixed into one
     lookback: int = 0  # how many earlier states drafting must see again, to replace entries made from drafts
 
@@ -239,16 +240,16 @@ class Heads(nn.Module, ABC):
         """Give `growth` the states of each depth, and go on from the tokens that it chose."""
 
     @property
-    def can_calibrate(self) -> bool:
-        """Whether `calibrate` would set where the weights start: false for kinds without a closed form, and once
-        heads were calibrated or trained."""
+    def is_new(self) -> bool:
+        """Whether `calibrate` would set where the weights start: heads with a closed form that were neither calibrated
+        nor trained."""
         return False
 
     def calibrate(self, trunk: Trunk, texts: Iterable[Text]) -> int:
-        """Set where the weights start from what the trunk does on texts, for kinds with a closed form.
+        """Set where the weights start from what the trunk does on texts.
 
         Returns:
-            how many positions were used; 0 for kinds without one.
+            how many positions were used; 0 for kinds without a closed form.
         """
         return 0
 

@@ -113,6 +113,7 @@ class Eagle3Heads(RecurrentHeads):
     """See the module. `fc` fuses the three states, at first to the last of them."""
 
     mixes = False
+    can_calibrate = False
 
     def __init__(self, config: MultiTokenConfig, trunk: Trunk) -> None:
         if config.tap is None:

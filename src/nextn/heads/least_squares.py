@@ -6,51 +6,64 @@ import torch
 from torch import Tensor
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # times the mean square of an input
+HELD_OUT = 2048  # examples at most
+FIRST_CHECK = 2048  # fitted examples before which more are always read
 LEAST_GAIN = 0.03  # of the held-out error, from twice the examples: with less, no more are read
 
 
 class RidgeRegression:
     """targets [N, M] as a linear function of inputs [N, K], in float64.
 
-    The ridge is the one of `RIDGES` with the smallest error on held-out examples. It takes 8 · K · (K + M) bytes, and
-    as much again while it is solved.
-
-    Args:
-        held_out: inputs [H, K] and targets [H, M] that are not fitted.
+    The ridge is the one of `RIDGES` with the smallest error on held-out examples. The sums take 8 · K · (K + M) bytes,
+    solving 8 · K · (2K + M) more, and held-out examples 8 · `HELD_OUT` · (K + M).
     """
 
-    def __init__(self, held_out: tuple[Tensor, Tensor]) -> None:
-        self.held_out = held_out[0].double(), held_out[1].double()
-        (_, k), (_, m) = held_out[0].shape, held_out[1].shape
-        device = held_out[0].device
-        self.gram = torch.zeros(k, k, dtype=torch.float64, device=device)
-        self.moments = torch.zeros(k, m, dtype=torch.float64, device=device)
-        self.count = 0
+    def __init__(self) -> None:
+        self.count = 0  # fitted examples
+        self.gram: Tensor | None = None  # [K, K]
+        self.moments: Tensor | None = None  # [K, M]
+        self.held_out: list[tuple[Tensor, Tensor]] = []
         self._best: tuple[float, float] = float("inf"), RIDGES[-1]  # error and ridge as they were last chosen
-        self._next_choice = k // 2  # in examples
+        self._next_check = FIRST_CHECK
 
-    def add(self, inputs: Tensor, targets: Tensor) -> bool:
-        """Add examples; False once twice as many made the held-out error hardly smaller."""
-        inputs = inputs.double()
-        self.gram += inputs.T @ inputs
-        self.moments += inputs.T @ targets.double()
+    def add(self, inputs: Tensor, targets: Tensor, held_out: Tensor) -> bool:
+        """Add examples; False once twice as many made the held-out error hardly smaller.
+
+        Args:
+            held_out: [N], which of them choose the ridge rather than being fitted; no more than `HELD_OUT` do.
+        """
+        inputs, targets = inputs.double(), targets.double()
+        if self.held_out_count < HELD_OUT:
+            self.held_out.append((inputs[held_out], targets[held_out]))
+            inputs, targets = inputs[~held_out], targets[~held_out]
+        if self.gram is None or self.moments is None:
+            self.gram = inputs.new_zeros(inputs.shape[1], inputs.shape[1])
+            self.moments = inputs.new_zeros(inputs.shape[1], targets.shape[1])
+        self.gram.addmm_(inputs.T, inputs)
+        self.moments.addmm_(inputs.T, targets)
         self.count += len(inputs)
-        if self.count < self._next_choice:
+        if self.count < self._next_check:
             return True
-        before, self._next_choice = self._best[0], 2 * self.count
+        before, self._next_check = self._best[0], 2 * self.count
         self._choose_ridge()
         return self._best[0] < (1 - LEAST_GAIN) * before
 
+    @property
+    def held_out_count(self) -> int:
+        return sum(len(inputs) for inputs, _ in self.held_out)
+
     def solution(self) -> Tensor:
-        """The weights [K, M], with the ridge chosen anew."""
-        self._choose_ridge()
+        """The weights [K, M], with the ridge chosen anew; the largest one where nothing is held out."""
+        if self.held_out_count:
+            self._choose_ridge()
         return self._solve(self._best[1])
 
     def _choose_ridge(self) -> None:
-        inputs, targets = self.held_out
+        inputs, targets = (torch.cat(parts) for parts in zip(*self.held_out, strict=True))
         self._best = min(((inputs @ self._solve(ridge) - targets).square().mean().item(), ridge) for ridge in RIDGES)
 
     def _solve(self, ridge: float) -> Tensor:
+        assert self.gram is not None and self.moments is not None
         gram = self.gram.clone()
         gram.diagonal().add_(ridge * gram.diagonal().mean().clamp(min=1e-12))
         return torch.cholesky_solve(self.moments, torch.linalg.cholesky(gram))

@@ -62,28 +62,23 @@ class SequentialModule(nn.Module):
         """Fit eh_proj, in closed form, to the state that the host's last layer reads one position later.
 
         The module's layer starts as a copy of that last layer, so with a good eh_proj the module starts as the
-        trunk's own guess one token further. Texts are read until more of them no longer help, see `RidgeRegression`; an
-        eighth of the first one decides on the ridge.
+        trunk's own guess one token further. Texts are read until more of them no longer help, see `RidgeRegression`;
+        every eighth token of a document is held out to choose the ridge.
 
         Returns:
             how many positions were fitted.
         """
-        fit: RidgeRegression | None = None
+        fit = RidgeRegression()
         for text in texts:
-            inputs, targets = self._pairs(trunk, text, heads)
-            if fit is None:
-                held_out = torch.arange(len(inputs), device=inputs.device) % 8 == 7
-                fit = RidgeRegression((inputs[held_out], targets[held_out]))
-                inputs, targets = inputs[~held_out], targets[~held_out]
-            if not fit.add(inputs, targets):
+            if not fit.add(*self._pairs(trunk, text, heads)):
                 break
-        if fit is None:
-            return 0
-        self.eh_proj.weight.copy_(fit.solution().T)
+        if fit.count:
+            self.eh_proj.weight.copy_(fit.solution().T)
         return fit.count
 
-    def _pairs(self, trunk: Trunk, text: Text, heads: Heads) -> tuple[Tensor, Tensor]:
-        """What eh_proj reads [N, 2D], and what the host's last layer reads one position later [N, D]."""
+    def _pairs(self, trunk: Trunk, text: Text, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+        """What eh_proj reads [N, 2D], what the host's last layer reads one position later [N, D], and which of these
+        pairs are held out [N]."""
         hidden, into_last = trunk.run(text.ids, text.positions, text.visible, tap="before_last_layer")
         if heads.tap == "before_last_layer":
             hidden = into_last
@@ -91,7 +86,8 @@ class SequentialModule(nn.Module):
             hidden = heads.read(trunk.run(text.ids, text.positions, text.visible, tap=heads.tap)[1])
         next_in_document = (text.documents[:, 1:] == text.documents[:, :-1]) & (text.documents[:, 1:] >= 0)
         fused = self.fuse(trunk.embedding(text.ids).to(hidden.dtype)[:, 1:], hidden[:, :-1])
-        return fused[next_in_document], into_last[:, 1:][next_in_document]
+        held_out = text.positions[:, 1:] % 8 == 7
+        return fused[next_in_document], into_last[:, 1:][next_in_document], held_out[next_in_document]
 
 
 def ahead(ids: Tensor, by: int) -> Tensor:
@@ -102,6 +98,8 @@ def ahead(ids: Tensor, by: int) -> Tensor:
 class DistinctHeads(Heads):
     """One module a depth, each with its own K/V (DeepSeek-V3)."""
 
+    can_calibrate = True
+
     def __init__(self, config: MultiTokenConfig, trunk: Trunk) -> None:
         super().__init__(config, trunk)
         self.steps = nn.ModuleList(SequentialModule(trunk, config.dense) for _ in range(self.n - 1))
@@ -110,7 +108,7 @@ class DistinctHeads(Heads):
         self.lookback = self.n - 2
 
     @property
-    def can_calibrate(self) -> bool:
+    def is_new(self) -> bool:
         return all(module.is_new for module in self.steps)
 
     def calibrate(self, trunk: Trunk, texts: Iterable[Text]) -> int:
@@ -167,6 +165,7 @@ class RecurrentHeads(Heads):
 
     cache_count = 1
     recurrent = True
+    can_calibrate = True
 
     def __init__(self, config: MultiTokenConfig, trunk: Trunk) -> None:
         super().__init__(config, trunk)
@@ -177,7 +176,7 @@ class RecurrentHeads(Heads):
         return SequentialModule(trunk, config.dense)
 
     @property
-    def can_calibrate(self) -> bool:
+    def is_new(self) -> bool:
         return isinstance(self.step, SequentialModule) and self.step.is_new
 
     def calibrate(self, trunk: Trunk, texts: Iterable[Text]) -> int:
