@@ -293,11 +293,11 @@ def _train(
     (checkpoint,) = broadcast_object_list([None if arguments.process_index else last_checkpoint(out, say)])
     model = _model(recipe, trained_on, tokenizer, blocks, arguments.device, trust_remote_code)
     if packed and not checkpoint and recipe.scratch is None and not trained_on:
-        _calibrate(model, packed, say)
+        calibrate_on(model, packed, say)
     if validation is not None:
         _check_reads(model.base, validation)
     if model.multi_token.output.kind == "trimmed" and not trained_on:
-        _choose_vocabulary(model, packed, tokenizer, say)
+        choose_vocabulary(model, packed, tokenizer, say)
     if recipe.compile:
         _compile(model, arguments)
     if checkpoint:
@@ -312,11 +312,12 @@ def _train(
         say(f"learning rate {arguments.learning_rate:.2g} at its peak, for a model of width {model.trunk.width:,}")
     if validation is None:
         arguments.eval_strategy = IntervalStrategy.NO
+    training, held_out = _with_outputs(training, validation, model, recipe, arguments, out, say)
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=_with_outputs(training, model, recipe, arguments, out, say),
-        eval_dataset=validation,
+        train_dataset=training,
+        eval_dataset=held_out,
         guard=recipe.guard and validation is not None,
         calibrate=False,
         data_collator=default_collate,  # blocks are of one length; the tokenizer's collator would take them apart
@@ -501,7 +502,7 @@ def _model(
     return model
 
 
-def _calibrate(model: MultiTokenModel, blocks: PackedBlocks, say: Say) -> None:
+def calibrate_on(model: MultiTokenModel, blocks: PackedBlocks, say: Say) -> None:
     """Fit new heads to blocks from all over the text."""
     if not model.heads.can_calibrate:
         say(f"{model.multi_token.kind} heads have no closed form to calibrate: their first losses are high")
@@ -539,9 +540,10 @@ def _compile(model: MultiTokenModel, arguments: transformers.TrainingArguments) 
     model.compile_layers()
 
 
-def _choose_vocabulary(
+def choose_vocabulary(
     model: MultiTokenModel, blocks: PackedBlocks | None, tokenizer: PreTrainedTokenizerBase, say: Say
 ) -> None:
+    """Let a trimmed output keep the most frequent tokens of the blocks, and the tokenizer's special ones."""
     if blocks is None:
         raise ConfigError(
             "A trimmed output keeps the most frequent tokens of the data, which stream does not hold; leave one "
@@ -574,26 +576,39 @@ def _split(
         raise ConfigError(
             f"validation is {recipe.validation}, but the data makes {len(blocks)} blocks: no block can be held out."
         )
-    held_out = {(2 * place + 1) * len(blocks) // (2 * count) for place in range(count)}
-    kept = [place for place in range(len(blocks)) if place not in held_out]
+    return hold_out(blocks, count)
+
+
+def hold_out(blocks: PackedBlocks, count: int) -> tuple[PackedBlocks, PackedBlocks]:
+    """The blocks to train on, and `count` blocks from all over the text to measure on."""
+    held_out = {(2 * index + 1) * len(blocks) // (2 * count) for index in range(count)}
+    kept = [index for index in range(len(blocks)) if index not in held_out]
     return blocks.part(kept), blocks.part(sorted(held_out))
 
 
 def _with_outputs(
-    blocks: Any, model: MultiTokenModel, recipe: Recipe, arguments: transformers.TrainingArguments, out: Path, say: Say
-) -> Dataset:
-    """The blocks; with a frozen trunk's outputs on disk, where more than one pass needs them and they can be kept."""
-    if not model.multi_token.freeze_trunk or not isinstance(blocks, PackedBlocks):
-        return blocks
+    training: Any,
+    validation: PackedBlocks | None,
+    model: MultiTokenModel,
+    recipe: Recipe,
+    arguments: transformers.TrainingArguments,
+    out: Path,
+    say: Say,
+) -> tuple[Dataset, Dataset | None]:
+    """The blocks of training and validation; with a frozen trunk's outputs on disk, where they are read more than once
+    and can be kept."""
+    if not model.multi_token.freeze_trunk:
+        return training, validation
     unused = "; teacher_top_k is not used, heads follow the whole distribution" if recipe.teacher_top_k else ""
-    seen = arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
-    if (seen / len(blocks) if arguments.max_steps > 0 else arguments.num_train_epochs) <= 1:
-        if unused:
-            say(f"the text is read once{unused}")
-        return blocks
+    reread = isinstance(training, PackedBlocks) and _passes(training, arguments) > 1
+    parts = [*([training] if reread else []), *([validation] if validation else [])]
+    if unused and isinstance(training, PackedBlocks) and not reread:
+        say(f"the text is read once{unused}")
+    if not parts:
+        return training, validation
     follows = model.multi_token.objective.follows
     top_k = 0 if follows == "text" else recipe.teacher_top_k
-    size = KeptOutputs.bytes_needed(blocks, model, top_k)
+    size = sum(KeptOutputs.bytes_needed(part, model, top_k) for part in parts)
     why_not = {
         "head 1 has a weight": bool(model.weights[0]),
         "the heads read its keys": bool(model.heads.reads),
@@ -607,7 +622,15 @@ def _with_outputs(
         > shutil.disk_usage(out).free,
     }
     if reasons := [reason for reason, holds in why_not.items() if holds]:
-        say(f"the trunk runs in every epoch: {reasons[0]}{unused}")
-        return blocks
+        if reread:
+            say(f"the trunk runs in every epoch: {reasons[0]}{unused}")
+        return training, validation
     say(f"the trunk's outputs are kept in {out} while training, {size / 1e9:.1f} GB")
-    return KeptOutputs(blocks, model, top_k, out)
+    kept = validation and KeptOutputs(validation, model, top_k, out)
+    return KeptOutputs(training, model, top_k, out) if reread else training, kept
+
+
+def _passes(blocks: PackedBlocks, arguments: transformers.TrainingArguments) -> float:
+    """How often a training reads its blocks."""
+    rows = arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
+    return rows / len(blocks) if arguments.max_steps > 0 else arguments.num_train_epochs
