@@ -443,6 +443,21 @@ class PackedBlocks(Dataset):
             for ids, _ in block:
                 check_ids(ids, vocab_size)
 
+    def prompts(self, count: int, most: int = 32) -> list[list[int]]:
+        """Prompts from documents all over the text: up to their first label, or the start of text without prompts.
+
+        Args:
+            count: how many, at most; documents of fewer than 8 tokens are left out.
+            most: tokens of the start of a text without prompts.
+        """
+        prompts = []
+        for block in self.blocks:
+            for ids, labels in block:
+                first = next((index for index, label in enumerate(labels) if label != IGNORE), 0)
+                if len(ids) >= 8:
+                    prompts.append(ids[: first if first > 1 else min(most, len(ids) // 2)])
+        return [prompts[index * len(prompts) // count] for index in range(count)] if len(prompts) > count else prompts
+
     @property
     def labels(self) -> Tensor:
         """The tokens that carry a label, one after the other."""

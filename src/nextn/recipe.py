@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ import transformers
 import yaml
 from accelerate.utils import broadcast_object_list
 from pydantic import Field, model_validator
+from rich.console import Console
 from rich.table import Table
 from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +30,8 @@ from nextn.adapters import adapter_layers, add_adapters, merge_adapters
 from nextn.config import ConfigError, MultiTokenConfig, ScheduleConfig, Strict, field_value
 from nextn.data import PackedBlocks, StreamedBlocks, byte_tokenizer, check_ids, examples_of
 from nextn.decoding.compiled import CompileError, require_compiler
+from nextn.decoding.engine import progress_bar
+from nextn.evaluation.speedup import measure_speedup
 from nextn.files import replacing, sha256
 from nextn.formats import FormatError, native
 from nextn.kept import KeptOutputs
@@ -44,6 +48,7 @@ BYTES = "bytes"
 AUTO = "auto"
 CALIBRATION_BLOCKS = 128
 WARMUP = 0.05  # of the steps
+DECODED_PROMPTS = 8  # held-out ones, at the end
 EVALUATIONS = 10  # in a training, besides the one before the first step
 VALIDATION_SHARE, MOST_VALIDATION_BLOCKS, LEAST_BLOCKS = 0.05, 32, 4  # where a recipe leaves it open
 OF_TRAINING = {"weights", "objective", "state_noise", "freeze_trunk"}  # fields of the heads that leave them as they are
@@ -338,7 +343,36 @@ def _train(
         write_finished(out)
     say(summary(trainer.state.log_history, model.multi_token.n))
     say(f"{'heads' if model.multi_token.freeze_trunk else 'model'} saved in {out}")
-    return model.eval()
+    model.eval()
+    if validation is not None and model.multi_token.freeze_trunk and arguments.world_size == 1:
+        report_speedup(native.load(out, model.base, model.trunk.dtype), validation, out, say)
+    return model
+
+
+def report_speedup(model: MultiTokenModel, held_out: PackedBlocks, out: Path, say: Say) -> None:
+    """Decode a few held-out prompts, and say what the heads are worth on this machine and what to type next."""
+    prompts = held_out.prompts(DECODED_PROMPTS)
+    if not prompts:
+        return
+    with progress_bar(Console(stderr=True)) as bar:
+        task = bar.add_task("decoding held-out prompts", total=len(prompts))
+        speedup = measure_speedup(model, prompts, advance=partial(bar.advance, task))
+    if speedup is None:
+        return
+    say(speedup.table())
+    say(
+        f"A plain step took {1e3 * speedup.plain_seconds:.1f} ms, one with all drafts {speedup.ratio.cell()} times as "
+        f"long ({torch.get_num_threads()} threads, {str(model.trunk.dtype).removeprefix('torch.')}, not compiled)."
+    )
+    if speedup.is_worth_it:
+        say(
+            f"Worth it on this machine. Next: nextn generate {out} 'Your prompt', or for exact figures nextn bench {out}"
+        )
+    else:
+        say(
+            "Not worth it on this machine yet: train on more text (nextn distill makes it from prompts), or longer "
+            f"(--epochs). nextn bench {out} gives exact figures."
+        )
 
 
 def summary(history: list[dict[str, Any]], n: int) -> Table:
