@@ -77,8 +77,7 @@ class HeldOutGuard(transformers.TrainerCallback):
             control.should_evaluate = True
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        loss = kwargs["logs"].get("loss")
-        if self.is_training and loss is not None and not math.isfinite(loss):
+        if self.is_training and "non_finite_losses" in kwargs["logs"]:
             self._go_back("the training loss is not a finite number", control, **kwargs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -206,7 +206,6 @@ class Recipe(Strict):
             "logging_steps": 10,
             "save_steps": 250,
             "save_total_limit": 2,
-            "logging_nan_inf_filter": False,  # the guard reads the log
             "report_to": [],
         }
         if self.validation:
@@ -332,6 +331,8 @@ def _train(
     if arguments.fsdp and not trainer.is_fsdp_enabled:  # accelerate goes on without a word, all weights in each process
         raise ConfigError("training.fsdp shards over several accelerators; here there are none: leave it out.")
     trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.guard and trainer.guard.best_step != trainer.state.global_step:
+        say(f"the state of step {trainer.guard.best_step} is saved: its held-out loss is the lowest")
     if validation is not None:
         trainer.evaluate()
     base_name = native.base_name(recipe.base) if trained_on and recipe.base else recipe.base
@@ -366,7 +367,7 @@ def report_speedup(model: MultiTokenModel, held_out: PackedBlocks, out: Path, sa
     )
     if speedup.is_worth_it:
         say(
-            f"Worth it on this machine. Next: nextn generate {out} 'Your prompt', or for exact figures nextn bench {out}"
+            f"Worth it on this machine. Next: nextn generate {out} 'Your prompt', or nextn bench {out} for more figures"
         )
     else:
         say(

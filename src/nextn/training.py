@@ -84,6 +84,7 @@ class Trainer(transformers.Trainer):
         self._tokens, self._since, self._aside = 0, time.monotonic(), 0.0
         self._held_out: list[Tensor] = []  # targets, and loss and accuracy by depth of each held-out batch [1 + 2n]
         self._accepted: list[int] = []
+        self._non_finite = torch.zeros((), dtype=torch.long, device=self.args.device)  # losses since the last log
         self.guard = HeldOutGuard(self) if guard else None
         callbacks = _LogFile(), _Scheduled(self.model), *([self.guard] if self.guard else []), _AtTheEnd()
         for callback in callbacks:
@@ -152,6 +153,11 @@ class Trainer(transformers.Trainer):
                 figures = targets, outputs.depth_losses, outputs.depth_accuracies
                 self._held_out.append(torch.cat(figures).double())  # type: ignore[arg-type]
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._non_finite = self._non_finite + (~loss.detach().isfinite()).long()
+        return loss
 
     def _report_first_loss(self, depth_losses: Tensor) -> None:
         """Warn where a guess among all tokens would do better before the first step, with the likely cause."""
@@ -231,6 +237,9 @@ class Trainer(transformers.Trainer):
             tokens, now = self._tokens * self.args.world_size, time.monotonic()
             logs["tokens_per_second"] = round(tokens / max(now - self._since - self._aside, 1e-9), 1)
             self._depths, self._tokens, self._since, self._aside = [], 0, now, 0.0
+            if non_finite := int(self.accelerator.reduce(self._non_finite, "sum")):
+                logs["non_finite_losses"] = non_finite
+            self._non_finite = torch.zeros_like(self._non_finite)
         super().log(logs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nextn.config import MultiTokenConfig
 from nextn.heads.base import Growth, Heads, Level, Text, Window
 from nextn.heads.least_squares import RidgeRegression
-from nextn.trunk import ChainCache, RaggedCache, Trunk, VisibleFn, with_own_keys
+from nextn.trunk import ChainCache, HostError, RaggedCache, Trunk, VisibleFn, with_own_keys
 
 
 class SequentialModule(nn.Module):
@@ -70,7 +70,12 @@ class SequentialModule(nn.Module):
         """
         fit = RidgeRegression()
         for text in texts:
-            if not fit.add(*self._pairs(trunk, text, heads)):
+            inputs, targets, held_out = self._pairs(trunk, text, heads)
+            if not (inputs.isfinite().all() and targets.isfinite().all()):
+                raise HostError(
+                    "The states of the base are not finite numbers on this text: check its weights and dtype."
+                )
+            if not fit.add(inputs, targets, held_out):
                 break
         if fit.count:
             self.eh_proj.weight.copy_(fit.solution().T)
