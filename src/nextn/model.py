@@ -53,6 +53,7 @@ class MultiTokenOutput(ModelOutput):
         name counts as missed.
     depth_overlaps: mean Σ min(p, q) by depth [n], which share of sampled drafts would stand; NaN where heads do not
         follow the trunk's distribution.
+    depth_counts: how many targets these means are over, by depth [n]; 0 where a depth was not computed.
     accepted: how many drafts from each position are the text's tokens, all earlier ones included [B, T]; -1 where
         there is no t+1 target. None while heads see only a share of the batch.
     """
@@ -62,6 +63,7 @@ class MultiTokenOutput(ModelOutput):
     depth_losses: Tensor | None = None
     depth_accuracies: Tensor | None = None
     depth_overlaps: Tensor | None = None
+    depth_counts: Tensor | None = None
     accepted: Tensor | None = None
 
 
@@ -328,7 +330,8 @@ class MultiTokenModel(BaseInterface):
         if hidden is not None and self.weights[0]:
             depths[1] = Depth(hidden, targets, self.weights[0])
         losses = labels.new_full((n,), torch.nan, dtype=torch.float32)
-        accuracies, overlaps, total, hits = losses.clone(), losses.clone(), losses.new_zeros(()), dict[int, Tensor]()
+        accuracies, overlaps, counts = losses.clone(), losses.clone(), torch.zeros_like(losses)
+        total, hits = losses.new_zeros(()), dict[int, Tensor]()
         for output, objective, members in self._passes(sorted(depths)):
             found = depth_losses(self.trunk, output, [depths[k] for k in members], objective)
             total = total + found.total
@@ -338,7 +341,8 @@ class MultiTokenModel(BaseInterface):
                     targets_k = depths[k].targets.clamp(min=0)
                     found.hits[place] &= output.can_name(self.trunk, depths[k].states.detach(), targets_k)
             for place, k in enumerate(members):
-                count = (depths[k].targets != IGNORE).sum().clamp(min=1)
+                counts[k - 1] = (depths[k].targets != IGNORE).sum()
+                count = counts[k - 1].clamp(min=1)
                 losses[k - 1], overlaps[k - 1] = found.sums[place] / count, found.overlaps[place] / count
                 accuracies[k - 1] = found.hits[place].sum() / count
                 hits[k] = found.hits[place]
@@ -347,6 +351,7 @@ class MultiTokenModel(BaseInterface):
             depth_losses=losses,
             depth_accuracies=accuracies,
             depth_overlaps=overlaps,
+            depth_counts=counts,
             accepted=None if self.training and self.schedule.share < 1 else _leading(hits, targets, n),
         )
 

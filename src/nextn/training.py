@@ -82,7 +82,7 @@ class Trainer(transformers.Trainer):
         self.model.held_out_tau = None  # of what it was before
         self._depths: list[Tensor] = []  # loss, accuracy and overlap by depth of each batch since the last log [3, n]
         self._tokens, self._since, self._aside = 0, time.monotonic(), 0.0
-        self._held_out: list[Tensor] = []  # targets, and loss and accuracy by depth of each held-out batch [1 + 2n]
+        self._held_out: list[Tensor] = []  # counts, sums of losses, hits by depth of each held-out batch [3, n]
         self._accepted: list[int] = []
         self._non_finite = torch.zeros((), dtype=torch.long, device=self.args.device)  # losses since the last log
         self.guard = HeldOutGuard(self) if guard else None
@@ -149,9 +149,9 @@ class Trainer(transformers.Trainer):
                 self._tokens += inputs["input_ids"].numel()
             elif outputs.accepted is not None:
                 self._accepted += simulated(outputs.accepted)
-                targets = (outputs.accepted >= 0).sum()[None]
-                figures = targets, outputs.depth_losses, outputs.depth_accuracies
-                self._held_out.append(torch.cat(figures).double())  # type: ignore[arg-type]
+                counts: Any = outputs.depth_counts
+                means: Any = torch.stack([outputs.depth_losses, outputs.depth_accuracies])  # type: ignore[list-item]
+                self._held_out.append(torch.cat([counts[None], torch.where(counts > 0, means * counts, 0)]))
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -203,24 +203,20 @@ class Trainer(transformers.Trainer):
 
     def _held_out_figures(self) -> dict[str, float]:
         """Of the evaluation that just ended, over all processes: loss and accuracy by depth, tokens, and tau."""
-        n = self.model.multi_token.n
-        batches = torch.stack(self._held_out) if self._held_out else torch.zeros(1, 1 + 2 * n, dtype=torch.double)
-        weighted = torch.cat([batches[:, :1], batches[:, 1:] * batches[:, :1]], dim=1).sum(dim=0)
-        counts = torch.tensor([len(self._accepted), sum(self._accepted)], dtype=torch.double)
-        summed = torch.cat([weighted.cpu(), counts]).to(self.args.device, torch.float32)
-        tokens, *sums, steps, drafts = self.accelerator.reduce(summed, "sum").tolist()
-        if not tokens:
-            return {}
-        figures = {"tokens": tokens}
-        for place, name in enumerate(("loss", "accuracy")):
-            for depth, value in enumerate(sums[place * n : (place + 1) * n], start=1):
-                if value == value:  # a depth that is not computed is NaN
-                    figures[f"{name}_{depth}"] = value / tokens
+        n, device = self.model.multi_token.n, self.args.device
+        sums = torch.stack(self._held_out).sum(dim=0) if self._held_out else torch.zeros(3, n, device=device)
+        steps = torch.tensor([len(self._accepted), sum(self._accepted)], device=device)
+        counts, losses, hits = self.accelerator.reduce(sums, "sum").tolist()
+        figures: dict[str, float] = {"tokens": int(max(counts))}
+        for depth, (count, loss, hit) in enumerate(zip(counts, losses, hits, strict=True), start=1):
+            if count:
+                figures |= {f"loss_{depth}": loss / count, f"accuracy_{depth}": hit / count}
         if "loss_1" in figures and is_byte_tokenizer(self.processing_class):
             figures["bits_per_byte"] = figures["loss_1"] / math.log(2)
+        steps, drafts = self.accelerator.reduce(steps, "sum").tolist()
         if steps:
             figures["tau"] = 1 + drafts / steps
-        return figures
+        return figures if any(counts) else {}
 
     @contextmanager
     def _not_training(self) -> Iterator[None]:
