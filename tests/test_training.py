@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ import transformers
 from torch.utils.data import Dataset, default_collate
 
 import nextn
-from conftest import KINDS, MORE_KINDS, fit, made_up_text, make_host
+from conftest import KINDS, MORE_KINDS, fit, made_up_text, make_host, make_tokenizer
 from nextn.config import ConfigError
+from nextn.data import byte_tokenizer
 from nextn.training import last_checkpoint, simulated
 
 
@@ -305,3 +307,154 @@ def test_steps_that_the_end_of_a_text_cuts_short_are_left_out():
     # two texts in a row, apart by a position that nothing goes on from
     assert simulated(torch.tensor([[-1, 2, 0, 0, 1, 0, -1, 0, 3, -1, -1]])) == [2, 0]
     assert simulated(torch.tensor([[-1, -1]])) == []
+
+
+def test_trainers_calibrate_new_heads_unless_told_not_to(tmp_path, trained_host):
+    def held_out_loss(name: str, trainer_class=nextn.Trainer, **kwargs) -> float:
+        """After one step with a learning rate of 0."""
+        settings = arguments(tmp_path / name, learning_rate=0.0, max_steps=1, save_strategy="no")
+        model = nextn.attach(trained_host, nextn.MultiTokenConfig(n=3, recurrent=True))
+        data = {"train_dataset": Lines(), "eval_dataset": Lines(16)}
+        trainer = trainer_class(model=model, args=settings, **data, **kwargs)
+        trainer.train()
+        return trainer.evaluate()["eval_loss"]
+
+    without = held_out_loss("without", calibrate=False)
+    ours = held_out_loss("ours")
+    stock = held_out_loss("stock", transformers.Trainer, callbacks=[nextn.Calibration()])
+    assert ours < without - 0.1 and stock < without - 0.1
+    assert held_out_loss("plain", transformers.Trainer) == pytest.approx(without)
+
+
+def test_calibration_depends_on_no_setting_of_the_training(tmp_path):
+    losses = []
+    for name, settings in (("a", {}), ("b", {"per_device_train_batch_size": 3}), ("c", {"seed": 5})):
+        trainer = nextn.Trainer(model=model_of(), args=arguments(tmp_path / name, **settings), train_dataset=Lines())
+        trainer.args.learning_rate = 0.0
+        trainer.train()
+        losses.append(state(trainer.model)["heads.step.eh_proj.weight"])
+    assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
+
+
+def test_heads_that_were_trained_are_not_calibrated_again(tmp_path):
+    model = model_of()
+    nextn.Trainer(model=model, args=arguments(tmp_path / "first"), train_dataset=Lines()).train()
+    before = state(model)
+    settings = arguments(tmp_path / "second", learning_rate=0.0, max_steps=1, save_strategy="no")
+    nextn.Trainer(model=model, args=settings, train_dataset=Lines()).train()
+    assert_equal(state(model), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["parallel", "eagle3", "shared_kv"])
+def test_kinds_without_a_closed_form_say_so(kind, tmp_path, caplog):
+    model = nextn.attach(make_host("llama"), nextn.MultiTokenConfig(n=3, **MORE_KINDS[kind]))
+    before = state(model)
+    with caplog.at_level("WARNING", logger="nextn"):
+        assert model.calibrate([{"input_ids": made_up_text(4, 24, seed=7)}]) == 0
+    assert "no closed form to calibrate" in caplog.text
+    assert_equal(state(model), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("calibrate", "freeze", "cause"),
+    [(False, True, "The heads are not calibrated"), (True, False, "The base cannot predict this text")],
+)
+def test_a_first_loss_above_a_uniform_guess_is_reported(calibrate, freeze, cause, tmp_path, caplog):
+    torch.manual_seed(3)
+    host = make_host("llama")
+    with torch.no_grad():
+        host.lm_head.weight.mul_(100)  # sure of itself, and wrong
+    weights = {"preset": "fastmtp" if freeze else "gloeckle"}
+    config = nextn.MultiTokenConfig(n=3, recurrent=True, freeze_trunk=freeze, weights=weights)
+    trainer = nextn.Trainer(
+        model=nextn.attach(host, config), args=arguments(tmp_path), train_dataset=Lines(), calibrate=calibrate
+    )
+    with caplog.at_level("WARNING", logger="nextn"):
+        trainer.train()
+    (message,) = (record.message for record in caplog.records if "uniform guess" in record.message)
+    assert cause in message and f"{torch.tensor(64.0).log():.1f}" in message
+
+
+def test_a_usual_first_loss_is_not_reported(tmp_path, caplog, trained_host):
+    model = nextn.attach(trained_host, nextn.MultiTokenConfig(n=3, recurrent=True))
+    with caplog.at_level("WARNING", logger="nextn"):
+        nextn.Trainer(model=model, args=arguments(tmp_path), train_dataset=Lines()).train()
+    assert "uniform guess" not in caplog.text
+
+
+class Uneven(Lines):
+    """Rows with another count of targets each, the last ones of some depths masked."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        labels = self.ids[index].clone()
+        labels[: 1 + index % 5] = labels[24 - index % 7 :] = -100
+        return {"input_ids": self.ids[index], "labels": labels}
+
+
+def test_held_out_figures_by_depth_do_not_depend_on_the_batch_size(tmp_path):
+    figures = []
+    for size in (1, 3, 16):
+        settings = arguments(tmp_path, per_device_eval_batch_size=size)
+        model = model_of(freeze_trunk=False, weights={"preset": "gloeckle"})
+        metrics = nextn.Trainer(model=model, args=settings, eval_dataset=Uneven(16)).evaluate()
+        names = [f"eval_{name}_{depth}" for name in ("loss", "accuracy") for depth in (1, 2, 3)]
+        figures.append({name: metrics[name] for name in (*names, "eval_tokens", "eval_tau")})
+    assert figures[0] == pytest.approx(figures[1], abs=1e-5) and figures[0] == pytest.approx(figures[2], abs=1e-5)
+    batch = torch.utils.data.default_collate([Uneven(16)[index] for index in range(16)])
+    assert figures[0]["eval_tokens"] == (batch["labels"][:, 1:] != -100).sum()
+    with torch.no_grad():
+        logits = model.base(input_ids=batch["input_ids"]).logits[:, :-1]
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert figures[0]["eval_loss_1"] == pytest.approx(plain.item(), abs=1e-5)
+
+
+def test_bits_per_byte_are_of_byte_tokenizers_alone(tmp_path):
+    settings, model = arguments(tmp_path), model_of(freeze_trunk=False, weights={"preset": "gloeckle"})
+    metrics = {
+        name: nextn.Trainer(model=model, args=settings, eval_dataset=Lines(8), processing_class=tokenizer).evaluate()
+        for name, tokenizer in (("bytes", byte_tokenizer()), ("words", make_tokenizer()))
+    }
+    assert "eval_bits_per_byte" not in metrics["words"]
+    expected = metrics["bytes"]["eval_loss_1"] / torch.tensor(2.0).log().item()
+    assert metrics["bytes"]["eval_bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_log_file_has_what_was_logged_and_goes_on_after_a_kill(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 3, "max_steps": 9}
+
+    def trained(directory, resume=None):
+        data = {"train_dataset": Lines(), "eval_dataset": Lines(8)}
+        trainer = nextn.Trainer(model=model_of(), args=arguments(directory, **settings), **data)
+        trainer.train(resume_from_checkpoint=resume)
+        return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()], trainer
+
+    whole, trainer = trained(tmp_path / "whole")
+    assert whole == trainer.state.log_history
+    assert {"loss", "grad_norm", "tokens_per_second", "loss_2", "accuracy_3"} <= whole[0].keys()
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", cut / "checkpoint-3")
+    (cut / "log.jsonl").write_text((tmp_path / "whole" / "log.jsonl").read_text())  # past the checkpoint, as a kill
+    resumed, _ = trained(cut, resume=True)
+    assert [entry["step"] for entry in resumed] == [entry["step"] for entry in whole]
+    held_out = [[entry["eval_loss_2"] for entry in log if "eval_loss_2" in entry] for log in (resumed, whole)]
+    assert len(held_out[0]) == 3 and held_out[0] == pytest.approx(held_out[1], abs=1e-5)
+
+
+def test_tokens_per_second_leave_evaluation_and_saving_out(tmp_path, monkeypatch):
+    """On a clock that only evaluating and saving move."""
+    clock = [0.0]
+    monkeypatch.setattr("nextn.training.time.monotonic", lambda: clock[0])
+
+    class Slow(transformers.TrainerCallback):
+        def on_prediction_step(self, *args, **kwargs):
+            clock[0] += 1000.0
+
+        def on_step_end(self, *args, **kwargs):
+            clock[0] += 1.0
+
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 2, "save_steps": 1}
+    data = {"train_dataset": Lines(), "eval_dataset": Lines(8)}
+    trainer = nextn.Trainer(model=model_of(), args=arguments(tmp_path, **settings), callbacks=[Slow()], **data)
+    trainer.train()
+    rates = [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
+    assert len(rates) == 3 and all(rate == pytest.approx(8 * 24, rel=0.01) for rate in rates)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,7 +51,7 @@ def reference(inputs, targets, held_out):
 def test_the_solution_is_that_of_all_examples_whatever_the_parts(count, cuts, noise, seed):
     whole = examples(count, noise, seed)
     edges = [0, *sorted({cut for cut in cuts if cut < count}), count]
-    parts = [tuple(tensor[a:b] for tensor in whole) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [tuple(tensor[a:b] for tensor in whole) for a, b in pairwise(edges)]
     solution = fitted(parts).solution()
     torch.testing.assert_close(solution, fitted([whole]).solution(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(solution, reference(*whole), rtol=1e-6, atol=1e-6)
