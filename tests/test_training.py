@@ -458,3 +458,31 @@ def test_tokens_per_second_leave_evaluation_and_saving_out(tmp_path, monkeypatch
     trainer.train()
     rates = [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
     assert len(rates) == 3 and all(rate == pytest.approx(8 * 24, rel=0.01) for rate in rates)
+
+
+def test_the_time_left_is_right_after_a_tenth_of_the_run(tmp_path, monkeypatch):
+    """On a clock that steps and evaluation move; the evaluation before the first step is not counted in."""
+    clock = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    elapsed: dict[int, float] = {}
+
+    class Clock(transformers.TrainerCallback):
+        def on_prediction_step(self, *args, **kwargs):
+            clock[0] += 2.0
+
+        def on_step_end(self, *args, **kwargs):
+            clock[0] += 1.0
+
+        def on_evaluate(self, args, state, *rest, **kwargs):
+            bar = next(cb.training_bar for cb in trainer.callback_handler.callbacks if hasattr(cb, "training_bar"))
+            elapsed[state.global_step] = bar.format_dict["elapsed"] if bar else 0.0
+
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 20, "disable_tqdm": False}
+    data = {"train_dataset": Lines(), "eval_dataset": Lines(32)}
+    trainer = nextn.Trainer(
+        model=model_of(), args=arguments(tmp_path, **settings), callbacks=[Clock()], guard=True, **data
+    )
+    trainer.train()
+    estimate = 20 / 2 * elapsed[2]
+    assert elapsed[0] == 0
+    assert estimate == pytest.approx(elapsed[20], rel=0.2)

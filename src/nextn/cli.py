@@ -135,7 +135,10 @@ def attach(
         float | None, typer.Option(min=1e-9, help="Peak learning rate, cosine to a tenth. Default: by the width.")
     ] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a packed block.")] = 512,
-    batch: Annotated[int, typer.Option(min=1, help="Blocks in a batch.")] = 2,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Blocks in a batch. Default: 2, more for more than 2,000 steps."),
+    ] = None,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
     seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
@@ -155,9 +158,9 @@ def attach(
         seed=seed,
         training={
             "num_train_epochs": epochs,
-            **({} if learning_rate is None else {"learning_rate": learning_rate}),
-            "per_device_train_batch_size": batch,
             "save_steps": save_steps,
+            **({} if learning_rate is None else {"learning_rate": learning_rate}),
+            **({} if batch is None else {"per_device_train_batch_size": batch}),
         },
     )
     run(recipe, out, say=console.print, trust_remote_code=trust_remote_code)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -69,6 +70,12 @@ class KeptOutputs(Dataset):
                 kept[name].copy_(output[0])
             self.done[index] = 1
         return block | kept
+
+    def fill(self, bar: Progress) -> None:
+        """Compute what is not there yet, so that the time left of the training is that of the heads alone."""
+        missing = (self.done == 0).nonzero().flatten().tolist()
+        for index in bar.track(missing, description="running the trunk"):
+            self[index]
 
     @staticmethod
     def bytes_needed(blocks: PackedBlocks, model: MultiTokenModel, top_k: int) -> int:

@@ -30,7 +30,6 @@ from nextn.adapters import adapter_layers, add_adapters, merge_adapters
 from nextn.config import ConfigError, MultiTokenConfig, ScheduleConfig, Strict, field_value
 from nextn.data import PackedBlocks, StreamedBlocks, byte_tokenizer, check_ids, examples_of
 from nextn.decoding.compiled import CompileError, require_compiler
-from nextn.decoding.engine import progress_bar
 from nextn.evaluation.speedup import measure_speedup
 from nextn.files import replacing, sha256
 from nextn.formats import FormatError, native
@@ -40,7 +39,15 @@ from nextn.model import MultiTokenModel, attach
 from nextn.output import TrimmedOutput
 from nextn.recipe_files import recipe_path
 from nextn.scratch import from_scratch
-from nextn.training import CALIBRATION_ROWS, Trainer, calibrate, is_finished, last_checkpoint, write_finished
+from nextn.training import (
+    CALIBRATION_ROWS,
+    Trainer,
+    bar_with_time_left,
+    calibrate,
+    is_finished,
+    last_checkpoint,
+    write_finished,
+)
 from nextn.trunk import context_length
 from nextn.vocabulary import coverage, most_frequent
 
@@ -48,6 +55,7 @@ BYTES = "bytes"
 AUTO = "auto"
 CALIBRATION_BLOCKS = 128
 WARMUP = 0.05  # of the steps
+MANY_STEPS = 2000
 DECODED_PROMPTS = 8  # held-out ones, at the end
 EVALUATIONS = 10  # in a training, besides the one before the first step
 VALIDATION_SHARE, MOST_VALIDATION_BLOCKS, LEAST_BLOCKS = 0.05, 32, 4  # where a recipe leaves it open
@@ -235,6 +243,18 @@ def usual_learning_rate(model: MultiTokenModel, recipe: Recipe) -> float:
     return 2.5e-3 * 576 / width
 
 
+def usual_batch_size(blocks: PackedBlocks, arguments: transformers.TrainingArguments) -> int:
+    """Blocks in a batch for a recipe that states none: 2, and more beyond `MANY_STEPS` steps, up to 32.
+
+    The batch size that is efficient grows with the amount of data and hardly with the size of the model
+    (arXiv:2410.21676).
+    """
+    if arguments.max_steps > 0:
+        return 2
+    in_a_step = arguments.world_size * arguments.gradient_accumulation_steps
+    return min(32, max(2, round(arguments.num_train_epochs * len(blocks) / in_a_step / MANY_STEPS)))
+
+
 def _number(value: Any) -> Any:
     """YAML takes 1e-4, without a point, for a string."""
     try:
@@ -311,6 +331,8 @@ def _train(
     if not arguments.process_index:
         with replacing(out / "recipe.json") as part:
             part.write_text(stated)
+    if packed and "per_device_train_batch_size" not in recipe.training:
+        arguments.per_device_train_batch_size = usual_batch_size(packed, arguments)
     if "learning_rate" not in recipe.training:
         arguments.learning_rate = usual_learning_rate(model, recipe)
         say(f"learning rate {arguments.learning_rate:.2g} at its peak, for a model of width {model.trunk.width:,}")
@@ -355,7 +377,7 @@ def report_speedup(model: MultiTokenModel, held_out: PackedBlocks, out: Path, sa
     prompts = held_out.prompts(DECODED_PROMPTS)
     if not prompts:
         return
-    with progress_bar(Console(stderr=True)) as bar:
+    with bar_with_time_left() as bar:
         task = bar.add_task("decoding held-out prompts", total=len(prompts))
         speedup = measure_speedup(model, prompts, advance=partial(bar.advance, task))
     if speedup is None:
@@ -661,8 +683,11 @@ def _with_outputs(
             say(f"the trunk runs in every epoch: {reasons[0]}{unused}")
         return training, validation
     say(f"the trunk's outputs are kept in {out} while training, {size / 1e9:.1f} GB")
-    kept = validation and KeptOutputs(validation, model, top_k, out)
-    return KeptOutputs(training, model, top_k, out) if reread else training, kept
+    kept = [KeptOutputs(part, model, top_k, out) for part in parts]
+    with bar_with_time_left() as bar:
+        for part in kept:
+            part.fill(bar)
+    return kept[0] if reread else training, kept[-1] if validation else None
 
 
 def _passes(blocks: PackedBlocks, arguments: transformers.TrainingArguments) -> float:

@@ -87,7 +87,8 @@ class Trainer(transformers.Trainer):
         self._non_finite = torch.zeros((), dtype=torch.long, device=self.args.device)  # losses since the last log
         self.guard = HeldOutGuard(self) if guard else None
         callbacks = _LogFile(), _Scheduled(self.model), *([self.guard] if self.guard else []), _AtTheEnd()
-        for callback in callbacks:
+        progress = self.pop_callback(transformers.ProgressCallback)  # last: its time starts after the first evaluation
+        for callback in (*callbacks, *([progress] if progress else [])):
             self.add_callback(callback)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -394,10 +395,14 @@ def calibrate(model: MultiTokenModel, batches: Iterable[Any], most: int) -> int:
     Args:
         most: how many batches are read at most.
     """
+    with bar_with_time_left() as bar:
+        return model.calibrate(bar.track(islice(batches, most), total=most, description="calibrating, at most"))
+
+
+def bar_with_time_left() -> Progress:
+    """A progress bar on standard error that leaves nothing behind."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        count = model.calibrate(bar.track(islice(batches, most), total=most, description="calibrating, at most"))
-    return count
+    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def _fill_states(optimizer: Any) -> None:
