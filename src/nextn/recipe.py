@@ -20,7 +20,6 @@ import transformers
 import yaml
 from accelerate.utils import broadcast_object_list
 from pydantic import Field, model_validator
-from rich.console import Console
 from rich.table import Table
 from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
