@@ -202,7 +202,8 @@ def why_untrainable(model: nn.Module) -> str | None:
     if has_quantized_weights(model) and not adapter_layers(model):
         return (
             f"{name} is quantized by {quantization_method(model)}, so its weights cannot be trained: give it LoRA "
-            "adapters (get_peft_model) before heads, or set freeze_trunk to train heads alone."
+            "adapters (lora in a recipe, peft_config of SFTTrainer, or get_peft_model before attach), or set "
+            "freeze_trunk to train heads alone."
         )
     return None
 
