@@ -176,7 +176,9 @@ def assert_losses(model, expected: torch.Tensor, what: str | None = None) -> Non
     torch.testing.assert_close(losses(model), expected, rtol=1e-5, atol=1e-5, equal_nan=True, msg=what)
 
 
-@pytest.mark.parametrize("config", [{}, {"recurrent": True}, {"heads": "parallel"}, {"output": {"kind": "trimmed", "size": 30}}])
+@pytest.mark.parametrize(
+    "config", [{}, {"recurrent": True}, {"heads": "parallel"}, {"output": {"kind": "trimmed", "size": 30}}]
+)
 @pytest.mark.parametrize("names", COPIED)
 def test_copies_of_the_embeddings_are_trained_and_heads_follow_them(names, config, tmp_path):
     base = peft.get_peft_model(make_host("llama"), lora(modules_to_save=names))
@@ -256,7 +258,7 @@ def test_checkpoints_hold_copies_of_the_unembedding(tmp_path):
     assert_losses(run(f"{tmp_path}/checkpoint-2"), losses(model))
 
 
-@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+@pytest.mark.parametrize("names", COPIED)
 def test_a_copy_of_one_of_two_tied_embeddings_is_refused(names):
     with pytest.raises(ConfigError, match="the base ties its embedding and unembedding"):
         nextn.attach(peft.get_peft_model(make_host("qwen3"), lora(modules_to_save=names)), nextn.MultiTokenConfig(n=3))
@@ -304,13 +306,13 @@ def test_heads_are_trained_whole_beside_adapters_and_copies(names, kind, tmp_pat
 def test_several_adapters_have_heads_of_their_own(tmp_path):
     expected = []
     for seed, name in enumerate(["first", "second"]):
-        model = whole(lora(modules_to_save=["lm_head"] if seed else None))
+        model = whole(lora(modules_to_save=["lm_head"] if seed else None), recurrent=True)
         for _ in range(seed + 1):
             step(model)
         model.save_pretrained(tmp_path / name)
         expected.append(losses(model))
     assert not torch.allclose(*expected)
-    model = peft.PeftModel.from_pretrained(whole(), tmp_path / "first", adapter_name="first")
+    model = peft.PeftModel.from_pretrained(whole(recurrent=True), tmp_path / "first", adapter_name="first")
     model.load_adapter(str(tmp_path / "second"), "second")
     for name, those in zip(["first", "second", "first"], [*expected, expected[0]], strict=True):
         model.set_adapter(name)

@@ -108,8 +108,8 @@ def _check_adapted_modules(base: PreTrainedModel) -> None:
     embedding, unembedding = (getattr(module, "original_module", module) for module in shared)
     if copies and embedding.weight is unembedding.weight:
         raise ConfigError(
-            f"{next(iter(copies))} is in modules_to_save, but the base ties its embedding and unembedding, and a copy of "
-            "one would leave the other behind: leave it out of modules_to_save."
+            f"{next(iter(copies))} is in modules_to_save, but the base ties its embedding and unembedding, and a copy "
+            "of one would leave the other behind: leave it out of modules_to_save."
         )
 
 
