@@ -108,7 +108,11 @@ def sft(model, directory, data: str = "padded", peft_config=None, two: bool = Fa
 def as_nextn_trains(trainer: trl.SFTTrainer, model) -> nextn.Trainer:
     """nextn.Trainer with the settings and batches of another one."""
     return nextn.Trainer(
-        model=model, args=trainer.args, train_dataset=trainer.train_dataset, data_collator=trainer.data_collator
+        calibrate=False,  # SFTTrainer does not
+        model=model,
+        args=trainer.args,
+        train_dataset=trainer.train_dataset,
+        data_collator=trainer.data_collator,
     )
 
 
