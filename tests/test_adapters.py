@@ -153,6 +153,201 @@ def test_only_active_adapters_and_heads_are_trained(way, tmp_path):
     assert trained(loaded) == trained(model)
 
 
+# --- modules_to_save ----------------------------------------------------------------------------------------------
+
+
+COPIED = [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]]
+
+
+def step(model) -> None:
+    """Train all that is to be trained by one step, so large that it shows."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    model.eval()
+
+
+def losses(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, labels=IDS).depth_losses
+
+
+def assert_losses(model, expected: torch.Tensor, what: str | None = None) -> None:
+    torch.testing.assert_close(losses(model), expected, rtol=1e-5, atol=1e-5, equal_nan=True, msg=what)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"recurrent": True}, {"heads": "parallel"}, {"output": {"kind": "trimmed", "size": 30}}]
+)
+@pytest.mark.parametrize("names", COPIED)
+def test_copies_of_the_embeddings_are_trained_and_heads_follow_them(names, config, tmp_path):
+    base = peft.get_peft_model(make_host("llama"), lora(modules_to_save=names))
+    model = nextn.attach(base, nextn.MultiTokenConfig(n=3, **config, **TOGETHER))
+    copies = {name for name in trained(model.base) if "lora_" not in name}
+    assert sorted(name.split(".modules_to_save")[0].split(".")[-1] for name in copies) == sorted(names)
+    step(model)
+    untrained = make_host("llama")
+    for name in names:
+        get = "get_output_embeddings" if name == "lm_head" else "get_input_embeddings"
+        assert not torch.equal(getattr(base, get)().weight, getattr(untrained, get)().weight)
+    expected = losses(model)
+
+    model.save_pretrained(tmp_path / "apart")
+    plain = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "apart")
+    assert torch.equal(plain(IDS).logits, untrained(IDS).logits), "the directory is the untouched base"
+    loaded = nextn.load(tmp_path / "apart")
+    assert_losses(loaded, expected)
+    assert trained(loaded) == trained(model)
+    assert_same(loaded, model)
+    opened = peft.PeftModel.from_pretrained(plain, tmp_path / "apart" / "nextn" / "adapters" / "default")
+    assert torch.equal(opened(IDS).logits, model(IDS).logits)
+    half = nextn.load(tmp_path / "apart", dtype=torch.bfloat16)
+    assert {each.dtype for name, each in half.base.named_parameters() if "lora_" not in name} == {torch.bfloat16}
+    half.generate(IDS, max_new_tokens=4)
+
+    model.save_pretrained(tmp_path / "merged", merge_adapters=True)
+    assert_losses(model, expected, "the model in memory stays as it was")
+    merged = nextn.load(tmp_path / "merged")
+    assert_losses(merged, expected)
+    assert not adapter_layers(merged) and "modules_to_save" not in str(merged.state_dict().keys())
+    plain = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(plain(IDS).logits, model(IDS).logits)
+
+    native.save_heads(model, tmp_path / "heads")
+    assert_losses(nextn.load(tmp_path / "heads", base=make_host("llama")), expected)
+
+
+def test_copies_that_are_switched_off_are_left_out(tmp_path):
+    base = peft.get_peft_model(make_host("llama"), lora(modules_to_save=["lm_head"]))
+    model = nextn.attach(base, nextn.MultiTokenConfig(n=3, **TOGETHER))
+    step(model)
+    base.base_model.disable_adapter_layers()
+    assert torch.equal(model(IDS).logits, make_host("llama")(IDS).logits)
+    expected = losses(model)
+    model.save_pretrained(tmp_path / "apart")
+    assert_losses(nextn.load(tmp_path / "apart"), expected)
+    model.save_pretrained(tmp_path / "merged", merge_adapters=True)
+    assert_losses(nextn.load(tmp_path / "merged"), expected)
+
+
+def test_heads_alone_are_trained_on_a_copy_of_the_unembedding(tmp_path):
+    base = peft.get_peft_model(make_host("llama"), lora(modules_to_save=["lm_head"]))
+    base.get_output_embeddings().weight.data.mul_(0.5)
+    model = nextn.attach(base, nextn.MultiTokenConfig(n=3))
+    assert not trained(model.base)
+    step(model)
+    model.save_pretrained(tmp_path)
+    assert_losses(nextn.load(tmp_path), losses(model))
+
+
+def test_checkpoints_hold_copies_of_the_unembedding(tmp_path):
+    def run(resume=None):
+        torch.manual_seed(0)
+        base = peft.get_peft_model(make_host("llama"), lora(modules_to_save=["lm_head"]))
+        model = nextn.attach(base, nextn.MultiTokenConfig(n=3, **TOGETHER))
+        data = [{"input_ids": IDS[0].repeat(4), "labels": IDS[0].repeat(4)}] * 8
+        arguments = tf.TrainingArguments(
+            str(tmp_path), max_steps=4, save_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True,
+            report_to=[], disable_tqdm=True,
+        )  # fmt: skip
+        nextn.Trainer(model=model, args=arguments, train_dataset=data).train(resume_from_checkpoint=resume)
+        return model.eval()
+
+    model = run()
+    assert_losses(nextn.load(tmp_path / "checkpoint-4", base=make_host("llama")), losses(model))
+    assert_losses(run(f"{tmp_path}/checkpoint-2"), losses(model))
+
+
+@pytest.mark.parametrize("names", COPIED)
+def test_a_copy_of_one_of_two_tied_embeddings_is_refused(names):
+    with pytest.raises(ConfigError, match="the base ties its embedding and unembedding"):
+        nextn.attach(peft.get_peft_model(make_host("qwen3"), lora(modules_to_save=names)), nextn.MultiTokenConfig(n=3))
+
+
+def test_embeddings_with_copies_are_not_resized():
+    base = peft.get_peft_model(make_host("llama"), lora(modules_to_save=["lm_head"]))
+    model = nextn.attach(base, nextn.MultiTokenConfig(n=3))
+    with pytest.raises(ConfigError, match="cannot be resized"):
+        model.resize_token_embeddings(80)
+
+
+# --- peft around a whole model ------------------------------------------------------------------------------------
+
+
+def whole(config=None, family="llama", **settings):
+    torch.manual_seed(3)
+    model = nextn.attach(make_host(family), nextn.MultiTokenConfig(n=3, **TOGETHER | settings))
+    return model if config is None else peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("kind", [{}, {"recurrent": True}, {"heads": "parallel"}, {"heads": "eagle3"}])
+@pytest.mark.parametrize("names", [None, ["heads"], ["lm_head"], ["heads", "lm_head", "embed_tokens"]])
+def test_heads_are_trained_whole_beside_adapters_and_copies(names, kind, tmp_path):
+    model = whole(lora(modules_to_save=names), **kind)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    step(model)
+    after = model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == trained(model)
+    assert sum("modules_to_save" in name and ".base." in name for name in changed) == len(set(names or ()) - {"heads"})
+    expected = losses(model)
+    model.save_pretrained(tmp_path / "tuned")
+    again = peft.PeftModel.from_pretrained(whole(**kind), tmp_path / "tuned").eval()
+    assert_losses(again, expected)
+    with model.disable_adapter():
+        assert_losses(model, losses(whole(**kind)))
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = nextn.load(tmp_path / "merged")
+    assert_losses(loaded, expected)
+    assert torch.equal(loaded.generate(IDS, max_new_tokens=9), loaded.generate(IDS, max_new_tokens=9, heads=1))
+
+
+def test_several_adapters_have_heads_of_their_own(tmp_path):
+    expected = []
+    for seed, name in enumerate(["first", "second"]):
+        model = whole(lora(modules_to_save=["lm_head"] if seed else None), recurrent=True)
+        for _ in range(seed + 1):
+            step(model)
+        model.save_pretrained(tmp_path / name)
+        expected.append(losses(model))
+    assert not torch.allclose(*expected)
+    model = peft.PeftModel.from_pretrained(whole(recurrent=True), tmp_path / "first", adapter_name="first")
+    model.load_adapter(str(tmp_path / "second"), "second")
+    for name, those in zip(["first", "second", "first"], [*expected, expected[0]], strict=True):
+        model.set_adapter(name)
+        assert_losses(model.eval(), those, name)
+    model.set_adapter("second")
+    model.get_base_model().set_attn_implementation("eager")  # which heads follow, though peft has copied them
+    torch.testing.assert_close(losses(model), expected[1], rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_without_heads_beside_another_one_is_refused():
+    model = whole(lora())
+    model.add_adapter("second", lora())
+    with pytest.raises(ConfigError, match=r"modules_to_save=\['heads'\]"):
+        model.train()
+    model.set_adapter("second")
+    for call in (lambda: losses(model), lambda: model.generate(input_ids=IDS, max_new_tokens=2)):
+        with pytest.raises(ConfigError, match=r"modules_to_save=\['heads'\]"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "config, why",
+    [
+        (lora(modules_to_save=["eh_proj"]), r"names a part of the heads \(eh_proj\).*leave it out"),
+        (lora(modules_to_save=["heads", "enorm"]), r"names a part of the heads \(enorm\).*leave it out"),
+        (lora(target_modules=["eh_proj"]), "in the heads alone.*name layers of the trunk"),
+        (lora(modules_to_save=["norm"]), "name embedding or unembedding alone in modules_to_save"),
+        (lora(target_modules=["q_proj", "lm_head"]), "lm_head has an adapter"),
+    ],
+)
+def test_adapters_around_a_whole_model_that_are_not_supported_are_refused(config, why):
+    with pytest.raises(ConfigError, match=why):
+        whole(config)
+
+
 def test_an_adapter_loaded_for_inference_is_trained_together_with_heads(tmp_path):
     peft.get_peft_model(make_host("llama"), lora()).save_pretrained(tmp_path)
     base = peft.PeftModel.from_pretrained(make_host("llama"), tmp_path)

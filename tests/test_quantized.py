@@ -146,9 +146,19 @@ def test_a_quantized_unembedding_is_refused():
         nextn.attach(host, nextn.MultiTokenConfig(n=3))
 
 
-def test_quantized_weights_are_not_trained_without_adapters():
-    with pytest.raises(ConfigError, match=r"quantized by gptq.*LoRA"):
-        nextn.attach(quantized("gptq"), nextn.MultiTokenConfig(n=3, freeze_trunk=False, weights={"preset": "deepseek"}))
+def test_quantized_weights_are_not_trained_without_adapters(tmp_path, caplog):
+    config = nextn.MultiTokenConfig(n=3, freeze_trunk=False, weights={"preset": "deepseek"})
+    model = nextn.attach(quantized("gptq"), config)
+    assert "quantized by gptq, so its weights cannot be trained" in caplog.text
+    arguments = tf.TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}]
+    for start in (
+        model.train,
+        lambda: nextn.Trainer(model=model, args=arguments, train_dataset=rows),
+        lambda: tf.Trainer(model=model, args=arguments, train_dataset=rows),
+    ):
+        with pytest.raises(ConfigError, match=r"quantized by gptq.*LoRA"):
+            start()
 
 
 def test_the_step_of_a_quantized_host_runs_eagerly_and_says_so():

@@ -172,7 +172,11 @@ def together(tiny_base, text, **more) -> Recipe:
     )
 
 
-@pytest.mark.parametrize("lora", [None, {"r": 4, "target_modules": ["q_proj", "v_proj"]}])
+ADAPTED = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+TUNED = [None, ADAPTED, ADAPTED | {"modules_to_save": ["lm_head"]}]
+
+
+@pytest.mark.parametrize("lora", [*TUNED, ADAPTED | {"modules_to_save": ["lm_head", "embed_tokens"]}])
 def test_trunk_and_heads_are_tuned_together(tiny_base, text, tmp_path, lora):
     if lora:
         pytest.importorskip("peft")
@@ -182,13 +186,14 @@ def test_trunk_and_heads_are_tuned_together(tiny_base, text, tmp_path, lora):
     changed = {name for name, tensor in plain.items() if not torch.equal(tensor, before[name])}
     assert plain.keys() == before.keys()
     if lora:
-        assert changed == {name for name in before if "q_proj" in name or "v_proj" in name}
+        named = *lora["target_modules"], *lora.get("modules_to_save", ())
+        assert changed == {name for name in before if any(part in name for part in named)}
     else:
         assert len(changed) > 20
     assert_equal(state(nextn.load(tmp_path)), state(model), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("lora", [None, {"r": 4, "target_modules": ["q_proj", "v_proj"]}])
+@pytest.mark.parametrize("lora", TUNED)
 def test_a_training_that_was_cut_goes_on_to_the_same_end(tiny_base, text, tmp_path, lora):
     if lora:
         pytest.importorskip("peft")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from nextn.config import ConfigError
 
@@ -50,12 +50,27 @@ def adapter_layers(module: nn.Module) -> dict[str, Any]:
     return {name: part for name, part in module.named_modules() if isinstance(part, BaseTunerLayer)}
 
 
+def whole_copies(module: nn.Module) -> dict[str, Any]:
+    """The parts of a module of which adapters have whole copies (peft's `modules_to_save`), by name."""
+    if sys.modules.get("peft") is None:
+        return {}
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return {name: part for name, part in module.named_modules() if isinstance(part, ModulesToSaveWrapper)}
+
+
+def _active_copy(part: Any) -> str | None:
+    """The name of the adapter whose copy of a part is computed with; None where it is the original."""
+    active = [] if part.disable_adapters else [name for name in part.active_adapters if name in part.modules_to_save]
+    return active[0] if active else None
+
+
 def check_adapters(base: PreTrainedModel) -> None:
     """Refuse adapters that heads or a saved model would not reproduce.
 
     Raises:
-        ConfigError: for adapters outside the decoder layers, for methods that do not adapt the weights of layers, and
-            for adapters that change weights of the base.
+        ConfigError: for adapters outside the decoder layers other than whole copies of the embedding or unembedding,
+            for methods that do not adapt the weights of layers, and for adapters that change weights of the base.
     """
     _check_adapted_modules(base)
     for name, config in base.peft_config.items() if adapter_layers(base) else ():
@@ -72,8 +87,9 @@ def check_adapters(base: PreTrainedModel) -> None:
 
 
 def _check_adapted_modules(base: PreTrainedModel) -> None:
-    layers = adapter_layers(base)
-    inside = tuple(f"{name}." for name in layers)
+    layers, copies = adapter_layers(base), whole_copies(base)
+    inside = tuple(f"{name}." for name in (*layers, *copies))
+    shared = base.get_input_embeddings(), base.get_output_embeddings()
     in_decoder = {id(part) for part in base.get_decoder().layers.modules()}
     for name, part in base.named_modules():
         if name in layers and id(part) not in in_decoder:
@@ -81,11 +97,20 @@ def _check_adapted_modules(base: PreTrainedModel) -> None:
                 f"{name} has an adapter, but heads share the embedding, final norm and unembedding: leave them out of "
                 "target_modules, or merge the adapters (merge_and_unload) first."
             )
+        if name in copies and any(part is module for module in shared):
+            continue
         if type(part).__module__.startswith("peft.") and name not in layers and not name.startswith(inside):
             raise ConfigError(
-                f"{name} is a {type(part).__name__} of peft (by modules_to_save?), which is not supported: adapt the "
-                "weights of decoder layers only, or merge the adapters (merge_and_unload) first."
+                f"{name} is a {type(part).__name__} of peft (by modules_to_save?), which is not supported: adapt "
+                "decoder layers, name embedding or unembedding alone in modules_to_save, or merge the adapters "
+                "(merge_and_unload) first."
             )
+    embedding, unembedding = (getattr(module, "original_module", module) for module in shared)
+    if copies and embedding.weight is unembedding.weight:
+        raise ConfigError(
+            f"{next(iter(copies))} is in modules_to_save, but the base ties its embedding and unembedding, and a copy "
+            "of one would leave the other behind: leave it out of modules_to_save."
+        )
 
 
 def _is_stored_as_it_is(base: PreTrainedModel, name: str, config: Any) -> bool:
@@ -140,6 +165,7 @@ def adopt_adapters(model: Any, configs: dict[str, Any]) -> None:
     Raises:
         ConfigError: for a trunk that is not to be trained or has adapters already, and for unsupported adapters.
     """
+    from peft import inject_adapter_in_model
     from peft.utils.other import set_additional_trainable_modules
 
     if model.multi_token.freeze_trunk:
@@ -150,14 +176,45 @@ def adopt_adapters(model: Any, configs: dict[str, Any]) -> None:
         raise ConfigError("The base has adapters already: train these without peft_config, or merge them first.")
     model.base.peft_config = configs
     check_adapters(model.base)
+    if not (layers := adapter_layers(model.base)):
+        raise ConfigError("The adapters are in the heads alone, which are trained whole: name layers of the trunk.")
+    if inner := [name for name in whole_copies(model.heads) if name]:
+        raise ConfigError(
+            f"modules_to_save names a part of the heads ({inner[0].split('.')[-1]}), which are trained and saved whole "
+            "with the adapter: leave it out."
+        )
     for name, config in configs.items():
+        if getattr(model.base, "is_quantized", False):  # peft took the layers for plain ones: it asks the whole model
+            _remove_adapters(model.base)
+            exact = copy.deepcopy(config)
+            exact.target_modules, exact.layers_to_transform, exact.modules_to_save = set(layers), None, None
+            inject_adapter_in_model(exact, model.base, name)
+            model.base.peft_config = configs
         if HEADS not in (config.modules_to_save or []):
-            merge_adapters(model.heads)
+            _remove_adapters(model.heads)
             config.modules_to_save = [*(config.modules_to_save or []), HEADS]
             set_additional_trainable_modules(model, config, {}, name)
-    for module in model.heads.modules():  # peft copied the config too, but attention is switched in the trunk's
-        if isinstance(getattr(module, "config", None), PreTrainedConfig):
-            module.config = model.trunk.config
+
+
+def _remove_adapters(module: nn.Module) -> None:
+    """Put the layers that adapters wrap back in their place, as they were before."""
+    for name, layer in reversed(adapter_layers(module).items()):  # inner ones first
+        module.set_submodule(name, layer.base_layer)
+
+
+def refuse_adapted_heads(model: Any) -> None:
+    """Refuse adapters that peft has added to a whole MultiTokenModel after its first one, and put into the heads.
+
+    Raises:
+        ConfigError: where heads have adapters, or have no copy for the active one.
+    """
+    heads = model.heads
+    without = heads in whole_copies(heads).values() and not heads.disable_adapters and _active_copy(heads) is None
+    if without or adapter_layers(heads):
+        raise ConfigError(
+            "An adapter was added that has no heads of its own: attach anew, and give its config "
+            "modules_to_save=['heads'] before add_adapter."
+        )
 
 
 def active_adapters(base: PreTrainedModel) -> list[str]:
@@ -173,10 +230,13 @@ def set_trained(base: PreTrainedModel, trained: bool) -> None:
     for layer in layers.values():
         if trained and not layer.disable_adapters:
             layer.set_adapter(layer.active_adapters)
+    for part in whole_copies(base).values():
+        if trained and (active := _active_copy(part)) is not None:
+            part.modules_to_save[active].requires_grad_(True)
 
 
 def merge_adapters(module: nn.Module) -> None:
-    """Put plain layers in the place of adapted ones, with the weights that these compute with.
+    """Put plain layers in the place of adapted and copied ones, with the weights that these compute with.
 
     These are the sums with the active adapters; adapters that are switched off are left out.
     """
@@ -186,6 +246,9 @@ def merge_adapters(module: nn.Module) -> None:
         elif not layer.disable_adapters and not layer.merged:
             layer.merge()
         module.set_submodule(name, layer.base_layer)
+    for name, part in whole_copies(module).items():
+        active = _active_copy(part)
+        module.set_submodule(name, part.original_module if active is None else part.modules_to_save[active])
     if isinstance(module, PreTrainedModel) and hasattr(module, "peft_config"):
         del module.peft_config
         module._hf_peft_config_loaded = False
@@ -209,6 +272,10 @@ def plain_tensors(base: PreTrainedModel, tensors: Mapping[str, Tensor], merged: 
             holder = nn.ModuleDict({"layer": copy.deepcopy(layer)})
             merge_adapters(holder)
             plain |= {f"{name}.{key}": tensor for key, tensor in holder["layer"].state_dict().items()}
+    for name, part in whole_copies(base).items() if merged else ():
+        if (active := _active_copy(part)) is not None:
+            prefix = f"{name}.modules_to_save.{active}."
+            plain |= {f"{name}.{key.removeprefix(prefix)}": tensors[key] for key in tensors if key.startswith(prefix)}
     return plain
 
 
@@ -218,8 +285,12 @@ def under_plain_names(base: PreTrainedModel, tensors: Mapping[str, Tensor]) -> d
     Args:
         tensors: by their names in the model.
     """
-    layers, plain = adapter_layers(base), {}
+    layers, copies, plain = adapter_layers(base), whole_copies(base), {}
     for name, tensor in tensors.items():
+        if copied := next((part for part in copies if name.startswith(f"{part}.")), None):
+            if name.startswith(f"{copied}.original_module."):
+                plain[copied + name.removeprefix(f"{copied}.original_module")] = tensor
+            continue
         wraps = [layer for layer in layers if name.startswith(f"{layer}.")]
         if all(name.startswith(f"{layer}.base_layer.") for layer in wraps):
             plain[_plain_name(name, wraps)] = tensor
@@ -273,7 +344,7 @@ def insert_adapter(base: PreTrainedModel, name: str, config: Any) -> None:
 
 
 def set_adapter_tensors(base: PreTrainedModel, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Give an adapter its tensors, in their dtype.
+    """Give an adapter its tensors, in their dtype; whole copies of embeddings keep the dtype of the base.
 
     Args:
         tensors: by their names in peft's files.
@@ -285,8 +356,10 @@ def set_adapter_tensors(base: PreTrainedModel, name: str, tensors: Mapping[str, 
     wrong = sorted(own.keys() ^ tensors.keys()) or sorted(key for key in own if own[key].shape != tensors[key].shape)
     if wrong:
         raise ValueError(f"first difference: {wrong[0]}")
+    copies = tuple(f"base_model.model.{part}." for part in whole_copies(base))
     for key, parameter in own.items():
-        parameter.data = tensors[key].to(parameter.device)
+        dtype = parameter.dtype if key.startswith(copies) else tensors[key].dtype
+        parameter.data = tensors[key].to(parameter.device, dtype)
 
 
 def activate_adapters(base: PreTrainedModel, names: list[str]) -> None:
@@ -296,3 +369,8 @@ def activate_adapters(base: PreTrainedModel, names: list[str]) -> None:
             layer.set_adapter(names, inference_mode=True)
         else:
             layer.enable_adapters(False)
+    for part in whole_copies(base).values():
+        if names:
+            part.set_adapter([name for name in names if name in part.modules_to_save], inference_mode=True)
+        else:
+            part.enable_adapters(False)

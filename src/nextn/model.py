@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, St
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput, logging
 
-from nextn.adapters import adopt_adapters, check_adapters, set_trained, unwrapped
+from nextn.adapters import adopt_adapters, check_adapters, refuse_adapted_heads, set_trained, unwrapped
 from nextn.config import ConfigError, MultiTokenConfig, ObjectiveConfig, ScheduleConfig
 from nextn.decoding.drafting import HeadDrafter
 from nextn.decoding.engine import Code, Engine
@@ -31,7 +31,7 @@ from nextn.heads.base import Heads, Text
 from nextn.losses import IGNORE, Depth, depth_losses, targets_at
 from nextn.output import Output, SharedOutput
 from nextn.pretrained import BaseInterface
-from nextn.quantized import why_untrainable
+from nextn.quantized import is_offloaded, why_untrainable
 from nextn.support import check_heads, check_host
 from nextn.teachers import Teacher, TopTokens, TrunkStates
 from nextn.trainers import Backbone, join_loss
@@ -145,8 +145,8 @@ class MultiTokenModel(BaseInterface):
         Heads become float32 when training begins, whatever the trunk's dtype is, and stay so: in half precision their
         small updates would be rounded away.
         """
-        if mode and self._why_untrainable is not None:
-            raise ConfigError(self._why_untrainable)
+        if mode:
+            self.check_trainable()
         super().train(mode)
         if self.multi_token.freeze_trunk:
             self.base.eval()
@@ -159,6 +159,23 @@ class MultiTokenModel(BaseInterface):
                     "float32 and train it with bf16=True."
                 )
         return self
+
+    def check_trainable(self) -> None:
+        """Refuse training what cannot be trained.
+
+        Raises:
+            ConfigError: for a quantized trunk that is to be trained and has no adapters, for an offloaded one, and for
+                adapters in the heads.
+        """
+        if self._why_untrainable is not None:  # adapters may have been added since
+            self._why_untrainable = why_untrainable(self.base)
+        if self._why_untrainable is not None:
+            raise ConfigError(self._why_untrainable)
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        if not isinstance(self.heads, Heads):  # but a wrapper of peft
+            refuse_adapted_heads(self)
 
     def _heads_to_float32(self) -> None:
         if any(parameter.is_floating_point() and parameter.itemsize < 4 for parameter in self.heads.parameters()):
@@ -277,6 +294,7 @@ class MultiTokenModel(BaseInterface):
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> tuple[Text, Tensor, Tensor]:
         """The text, the trunk's last state and the tapped one [B, T, D]; with gradients where the trunk is trained."""
+        self._check_heads()
         text = as_text(input_ids, attention_mask, position_ids)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.multi_token.freeze_trunk):
             return text, *self.run_trunk(text)
@@ -422,6 +440,7 @@ class MultiTokenModel(BaseInterface):
         """
         if heads not in (None, 1):
             raise ValueError(f"heads is {heads}; give 1 for the plain model, or None for all heads.")
+        self._check_heads()
         drafter = None if heads == 1 else HeadDrafter(self.trunk, self.heads)
         stops = end_tokens(self.base) if stop_tokens is None else stop_tokens
         engine = Engine(self.trunk, drafter, rows, stops, **settings)
@@ -719,16 +738,18 @@ def attach(
     Args:
         base: any supported transformers model; it is used as it is, not copied. It may have adapters (LoRA and its kin;
             a `PeftModel` too): heads start from the merged weights, and with `freeze_trunk: false` the active adapters
-            are trained, not the base.
+            are trained, not the base. A quantized base may get its adapters afterwards, before training.
         calibration: text like that to be decoded, as `forward` takes it, see `MultiTokenModel.calibrate`. Without it
             `nextn.Trainer` calibrates on its first batches.
 
     Raises:
         HostError, ConfigError: where the host or the config cannot work; the message says why.
     """
-    if not config.freeze_trunk and (why := why_untrainable(unwrapped(base))) is not None:
-        raise ConfigError(why)
     model = MultiTokenModel(base, config)
+    if (why := model._why_untrainable) is not None:
+        if is_offloaded(model.base):
+            raise ConfigError(why)
+        logger.warning(why)  # a trainer may add adapters yet
     try_heads(model)
     if model.trunk.device.type != "meta":
         model.heads.output.fit(model.heads.start_table(model.trunk))

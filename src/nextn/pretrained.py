@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
-from nextn.adapters import check_adapters, set_trained
-from nextn.config import MultiTokenConfig
+from nextn.adapters import check_adapters, set_trained, whole_copies
+from nextn.config import ConfigError, MultiTokenConfig
 from nextn.heads.base import Heads
 from nextn.trunk import Trunk
 
@@ -136,8 +136,14 @@ class BaseInterface(PreTrainedModel, GenerationMixin):
         """Resize the embeddings of the base; see transformers. The heads follow.
 
         Raises:
-            ConfigError: where the output of the heads has a table for the present vocabulary; nothing is changed then.
+            ConfigError: where the output of the heads has a table for the present vocabulary, or an adapter has a copy
+                of an embedding; nothing is changed then.
         """
+        if whole_copies(self.base):
+            raise ConfigError(
+                "modules_to_save holds a copy of an embedding, which cannot be resized: merge the adapters first "
+                "(save_pretrained with merge_adapters=True), or resize before they are added."
+            )
         size = self.trunk.vocab_size if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of:
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of

@@ -125,13 +125,25 @@ def keep_layout(model: nn.Module) -> None:
 
     On a CPU with AVX512-BF16 bitsandbytes 0.50 repacks weights in their first forward in evaluation mode, for a kernel
     without a backward pass: training would silently miss the gradients that go through these layers. Nor does it put
-    them back as they were when they are saved.
+    them back as they were when they are saved. And transformers does not save what it opened in the form of
+    bitsandbytes, since it would convert it back; its layers give their weights in that form already.
     """
     part: Any
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions and quantization_method(model) == "bitsandbytes":
+        model._weight_conversions = [each for each in conversions if _has_reverse(each)]  # type: ignore[assignment]
     for part in model.modules():
         if hasattr(part, "support_avx512bf16_for_cpu"):
             part.support_avx512bf16_for_cpu = False
             _unpack(part)
+
+
+def _has_reverse(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _unpack(layer: Any) -> None:
@@ -202,7 +214,8 @@ def why_untrainable(model: nn.Module) -> str | None:
     if has_quantized_weights(model) and not adapter_layers(model):
         return (
             f"{name} is quantized by {quantization_method(model)}, so its weights cannot be trained: give it LoRA "
-            "adapters (get_peft_model) before heads, or set freeze_trunk to train heads alone."
+            "adapters (lora in a recipe, peft_config of SFTTrainer, or get_peft_model before attach), or set "
+            "freeze_trunk to train heads alone."
         )
     return None
 

@@ -543,9 +543,7 @@ def _model(
         dtype = torch.bfloat16 if config.freeze_trunk else torch.float32
         assert recipe.base is not None
         if trained_on:
-            model = native.load(
-                recipe.base, None, dtype, config=trained_on, trust_remote_code=trust_remote_code
-            ).train()
+            model = native.load(recipe.base, None, dtype, config=trained_on, trust_remote_code=trust_remote_code)
             _check_reads(model.base, blocks)
         else:
             base: Any = native.load_base(recipe.base, dtype, trust_remote_code)
@@ -556,7 +554,8 @@ def _model(
         check_ids([token for token in special if token is not None], model.trunk.vocab_size)
     if recipe.lora is not None:
         add_adapters(model.base, recipe.lora)
-    return model
+    model.check_trainable()
+    return model.train() if trained_on else model
 
 
 def calibrate_on(model: MultiTokenModel, blocks: PackedBlocks, say: Say) -> None:

@@ -133,6 +133,7 @@ class TrainerLink(TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if (inner := _multi_token(model)) is None:
             return
+        inner.check_trainable()
         config = _trl_config(args)
         inner.backbone.loss_type = args.loss_type if config == "SFTConfig" else None
         inner.backbone.figures = {True: [], False: []}

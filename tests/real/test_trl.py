@@ -108,7 +108,11 @@ def sft(model, directory, data: str = "padded", peft_config=None, two: bool = Fa
 def as_nextn_trains(trainer: trl.SFTTrainer, model) -> nextn.Trainer:
     """nextn.Trainer with the settings and batches of another one."""
     return nextn.Trainer(
-        model=model, args=trainer.args, train_dataset=trainer.train_dataset, data_collator=trainer.data_collator
+        calibrate=False,  # SFTTrainer does not
+        model=model,
+        args=trainer.args,
+        train_dataset=trainer.train_dataset,
+        data_collator=trainer.data_collator,
     )
 
 
@@ -222,16 +226,19 @@ def test_reports_and_evaluations_have_figures_by_depth(tmp_path):
 # --- adapters -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("copied", [None, ["lm_head"], ["heads", "embed_tokens", "lm_head"]])
 @pytest.mark.parametrize("target_modules", [LORA["target_modules"], "all-linear"])
-def test_peft_config_trains_adapters_of_the_trunk_and_the_heads(target_modules, tmp_path, unrounded):
-    config = peft.LoraConfig(**LORA | {"target_modules": target_modules})
+def test_peft_config_trains_adapters_of_the_trunk_and_the_heads(target_modules, copied, tmp_path, unrounded):
+    config = peft.LoraConfig(**LORA | {"target_modules": target_modules, "modules_to_save": copied})
     trainer = sft(model_of(**TOGETHER), tmp_path / "run", peft_config=config)
     before = copy.deepcopy(trainer.model.state_dict())
     steps = logged(trainer)
     after = trainer.model.state_dict()
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert {name for name in before if not torch.equal(before[name], after[name])} == trained
-    assert all(("lora_" in name) == (".base." in name) for name in trained)
+    of_trunk = {name for name in trained if ".base." in name}
+    assert len([name for name in of_trunk if "lora_" not in name]) == len({*(copied or ())} - {"heads"})
+    assert all(".heads." in name and "lora_" not in name for name in trained - of_trunk)
     heads = trainer.model.get_base_model().heads
     assert len([name for name in trained if ".heads." in name]) == len(
         list(heads.modules_to_save["default"].parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
 
 from nextn.config import ConfigError, MultiTokenConfig, Tap
 from nextn.output import Output, build_output
@@ -184,6 +186,16 @@ class Heads(nn.Module, ABC):
         # As transformers' decoder layers have them; `model.gradient_checkpointing_enable()` finds and sets them.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Heads:
+        """A copy that shares the config of the trunk, which says which attention runs, unless it is copied with it."""
+        for module in self.modules():
+            if isinstance(config := module.__dict__.get("config"), PreTrainedConfig):
+                memo.setdefault(id(config), config)
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def follow_vocabulary(self, trunk: Trunk) -> None:
         """Notice that the trunk's embeddings were resized since the heads were made or last used.
