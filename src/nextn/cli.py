@@ -132,7 +132,8 @@ def attach(
     ] = 8192,
     epochs: Annotated[float, typer.Option(min=1e-3, help="Passes over the data.")] = 3.0,
     learning_rate: Annotated[
-        float | None, typer.Option(min=1e-9, help="Peak learning rate, cosine to a tenth. Default: by the width.")
+        float | None,
+        typer.Option(min=1e-9, help="Peak learning rate, falling to a tenth. Default: 0.6 / width, at most 1e-3."),
     ] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a packed block.")] = 512,
     batch: Annotated[
