@@ -22,7 +22,9 @@ def test_taps_follow_the_school():
 @pytest.mark.parametrize(
     "bad, says",
     [
-        ({"n": 1}, "at least 2"),
+        ({"n": 1}, "nothing would be trained: set freeze_trunk to false, or n to at least 2"),
+        ({"n": 0}, "n: must be at least 1 .*, not 0"),
+        ({"n": -2}, "n: must be at least 1 .*, not -2"),
         ({"heads": "medusa"}, "heads"),
         ({"heads": "parallel", "recurrent": True}, "sequential heads only"),
         ({"output": {"kind": "trimmed"}}, "output.size"),

@@ -6,6 +6,7 @@ peft is imported only where a model can have adapters: without it there are none
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -146,11 +147,46 @@ def add_adapters(base: PreTrainedModel, settings: dict[str, Any]) -> None:
         raise ConfigError("lora needs peft: pip install 'nextn[lora]'.") from None
     if adapter_layers(base):  # one of the same name would be lost
         raise ConfigError("lora: the base has adapters already; leave lora out to train these, or merge them first.")
+    _check_targets(base, settings.get("target_modules"))
     try:
         inject_adapter_in_model(LoraConfig(**settings), base)
         _check_adapted_modules(base)
     except (TypeError, ValueError) as error:
+        if unfit := re.match(r"Target module (\w+)\(.*is not supported", str(error), re.DOTALL):
+            raise ConfigError(f"lora: {unfit[1]} cannot be adapted; {_linear_layers(base)}.") from None
         raise ConfigError(f"lora: {str(error).splitlines()[0]}") from None
+
+
+def _check_targets(base: PreTrainedModel, targets: Any) -> None:
+    """Refuse names of modules that the base does not have; peft passes over them as long as one of them is there.
+
+    Args:
+        targets: `target_modules` of `peft.LoraConfig`: names, a regular expression, `all-linear`, or None.
+
+    Raises:
+        ConfigError: with the names that there are.
+    """
+    if targets is None or targets == "all-linear":
+        return
+    modules = [name for name, _ in base.named_modules()]
+    if isinstance(targets, str):
+        try:
+            missing = [] if any(re.fullmatch(targets, name) for name in modules) else [targets]
+        except re.error as error:
+            raise ConfigError(f"lora: target_modules is no regular expression: {error}.") from None
+    elif isinstance(targets, (list, tuple, set)) and targets and all(isinstance(target, str) for target in targets):
+        missing = sorted(target for target in targets if not any(f".{name}".endswith(f".{target}") for name in modules))
+    else:
+        raise ConfigError(f"lora: target_modules is {targets!r}; {_linear_layers(base)}.")
+    if missing:
+        raise ConfigError(f"lora: the base has no module {', '.join(missing)}; {_linear_layers(base)}.")
+
+
+def _linear_layers(base: PreTrainedModel) -> str:
+    """Advice for `target_modules`: the names of the linear layers of the decoder."""
+    layers: Any = base.get_decoder().layers
+    names = {name.split(".")[-1] for name, part in layers.named_modules() if hasattr(part, "in_features")}
+    return f"name some of its linear layers: {', '.join(sorted(names))}"
 
 
 def adopt_adapters(model: Any, configs: dict[str, Any]) -> None:

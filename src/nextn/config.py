@@ -131,13 +131,13 @@ class WeightsConfig(BaseModel):
         return self
 
     def check_length(self, n: int) -> None:
-        """Refuse a list that is not n long."""
-        if self.values is not None and len(self.values) != n:
+        """Refuse a list that is not n long; the next token alone needs no weight."""
+        if n > 1 and self.values is not None and len(self.values) != n:
             raise ValueError(f"weights.values has {len(self.values)} entries, but n is {n}")
 
     def by_depth(self, n: int) -> list[float]:
-        """[w_1, …, w_n]."""
-        if self.preset == "gloeckle":
+        """[w_1, …, w_n]; [1] for n = 1, whatever the preset."""
+        if n == 1 or self.preset == "gloeckle":
             return [1.0] * n
         if self.preset == "deepseek":
             return [1.0] + [self.scale / (n - 1)] * (n - 1)
@@ -217,6 +217,8 @@ class MultiTokenConfig(Strict):
     """Multi-token prediction on top of a causal language model.
 
     n: how many tokens are predicted, the next one included; heads of depth 2 … n are added, so n-1 drafts a step.
+        n = 1 is plain next-token prediction, for comparison: no heads are added, the fields about heads have no effect,
+        and the trunk is trained (`freeze_trunk: false`).
     heads: `sequential` (they see the tokens between; DeepSeek-V3), `parallel` (they do not; Gloeckle et al.), `eagle3`
         (sequential and recurrent, in the shape that engines read as EAGLE-3) or `shared_kv` (sequential and recurrent,
         with the trunk's own keys and values; Gemma 4).
@@ -243,7 +245,7 @@ class MultiTokenConfig(Strict):
     """
 
     what: ClassVar[str] = "multi-token config"
-    n: int = Field(default=4, ge=2)
+    n: int = Field(default=4, ge=1)
     heads: Literal["sequential", "parallel", "eagle3", "shared_kv"] = "sequential"
     recurrent: bool = False
     dense: bool = False
@@ -289,11 +291,20 @@ class MultiTokenConfig(Strict):
             raise ValueError("drafter_layers applies to shared_kv heads only")
         if self.dense and self.head != "transformer":
             raise ValueError("dense applies to transformer heads only")
+        if self.n == 1:
+            if self.freeze_trunk:
+                raise ValueError(
+                    "n is 1, which adds no heads, and freeze_trunk is true, so that nothing would be trained: set "
+                    "freeze_trunk to false, or n to at least 2"
+                )
+            self.tap, self.output, self.objective = "post_norm", OutputConfig(), ObjectiveConfig()
         return self
 
     @property
     def kind(self) -> str:
-        """`parallel`, `distinct`, `recurrent`, `eagle3` or `shared_kv`."""
+        """`parallel`, `distinct`, `recurrent`, `eagle3` or `shared_kv`; `none` for n = 1."""
+        if self.n == 1:
+            return "none"
         if self.heads != "sequential":
             return self.heads
         return "recurrent" if self.recurrent else "distinct"
@@ -320,7 +331,7 @@ def _readable(error: ValidationError, what: str) -> str:
         where = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ").rstrip(".")
         if where == "n" and problem["type"] == "greater_than_equal":
-            message = f"must be at least 2 (the next token and one more), not {problem['input']}"
+            message = f"must be at least 1 (the next token alone; at least 2 with heads), not {problem['input']}"
         problems.append(f"{where}: {message}" if where else message)
     return f"The {what} is not usable: {'; '.join(problems)}."
 

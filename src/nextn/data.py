@@ -29,7 +29,11 @@ class DataError(ValueError):
     """A data file that cannot be used; the message says why."""
 
 
-_NO_TEXT = "The data has no usable text: expected records with `text`, with `prompt` and `answer`, or with `messages`."
+_NO_TEXT = "{} has no usable text: expected records with `text`, with `prompt` and `answer`, or with `messages`."
+_NO_TARGET = (
+    "{} has nothing to predict within {} tokens (texts of one token, or prompts that are as long as a block): give "
+    "longer text, or a larger length."
+)
 _PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".arrow", ".bin")  # no text to train on as it is
 _ROLES = ("system", "developer", "user", "assistant", "tool")  # and those that a chat template names
 Example = tuple[list[int], list[int]]  # token ids, and the labels of the same places
@@ -413,9 +417,15 @@ class PackedBlocks(Dataset):
 
     def __init__(self, examples: Iterable[Example], length: int, pad_id: int) -> None:
         self.length, self.pad_id = length, pad_id
-        self.blocks: list[list[Example]] = list(_first_fit(examples, length))
+        self.left_out = 0  # examples without a target in their first `length` tokens
+        self.blocks: list[list[Example]] = list(_first_fit(self._counted(examples), length))
         if not self.blocks:
-            raise DataError(_NO_TEXT)
+            raise DataError(_NO_TARGET.format("The data", length) if self.left_out else _NO_TEXT.format("The data"))
+
+    def _counted(self, examples: Iterable[Example]) -> Iterator[Example]:
+        for ids, labels in examples:
+            self.left_out += not reach((ids, labels), self.length)
+            yield ids, labels
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -432,6 +442,11 @@ class PackedBlocks(Dataset):
         chosen = copy.copy(self)
         chosen.blocks = [self.blocks[place] for place in places]
         return chosen
+
+    @property
+    def documents(self) -> Iterator[Example]:
+        """The examples, block by block."""
+        return itertools.chain.from_iterable(self.blocks)
 
     def check_tokens(self, vocab_size: int) -> None:
         """Refuse tokens that a model with so many does not have.
@@ -503,7 +518,13 @@ class StreamedBlocks(IterableDataset):
                     check_ids(ids, self.vocab_size)
             yield _block(documents, self.length, self.pad_id)
         if not found and worker is None:
-            raise DataError(_NO_TEXT)
+            raise DataError(_NO_TEXT.format("The data"))
+
+
+def reach(document: Example, length: int) -> int:
+    """The deepest k for which some token of a document, cut to `length` tokens, has a target t+k; 0 for none."""
+    labels = document[1][:length]
+    return next((place for place in range(len(labels) - 1, 0, -1) if labels[place] != IGNORE), 0)
 
 
 def _block(documents: list[Example], length: int, pad_id: int) -> dict[str, Tensor]:
@@ -558,18 +579,29 @@ def examples_of(
     """The usable records of data sources as (ids, labels), plain text in pieces of at most `length` tokens.
 
     Raises:
-        DataError: for a record that cannot be read, with its number, counted from 1.
+        DataError: for a record that cannot be read, with its number, counted from 1, and for a source without usable
+            text or without a target.
     """
     for source in sources:
-        for number, record in enumerate(records_of(source, split), start=1):
-            with naming(f"{source}, record {number}"):
-                made = example(tokenizer, record)
-            if made is None:
-                continue
-            if "answer" in record or "messages" in record:
-                yield made
-                continue
-            ids, _ = made
-            for start in range(0, len(ids), length):
-                piece = ids[start : start + length]
-                yield piece, [IGNORE, *piece[1:]]
+        found = usable = False
+        for made in _pieces(source, tokenizer, length, split):
+            found, usable = True, usable or reach(made, length) > 0
+            yield made
+        if not usable:
+            raise DataError(_NO_TARGET.format(source, length) if found else _NO_TEXT.format(source))
+
+
+def _pieces(source: str | Path, tokenizer: PreTrainedTokenizerBase, length: int, split: str) -> Iterator[Example]:
+    """The usable records of one source."""
+    for number, record in enumerate(records_of(source, split), start=1):
+        with naming(f"{source}, record {number}"):
+            made = example(tokenizer, record)
+        if made is None:
+            continue
+        if "answer" in record or "messages" in record:
+            yield made
+            continue
+        ids, _ = made
+        for start in range(0, len(ids), length):
+            piece = ids[start : start + length]
+            yield piece, [IGNORE, *piece[1:]]

@@ -35,7 +35,7 @@ from nextn.quantized import is_offloaded, why_untrainable
 from nextn.support import check_heads, check_host
 from nextn.teachers import Teacher, TopTokens, TrunkStates
 from nextn.trainers import Backbone, join_loss
-from nextn.trunk import RaggedCache, Trunk, fingerprint
+from nextn.trunk import RaggedCache, Trunk, context_length, fingerprint
 
 logger = logging.get_logger("nextn")
 
@@ -279,6 +279,7 @@ class MultiTokenModel(BaseInterface):
         if (top_tokens is None) != (top_log_probs is None) or (trunk_states is None and top_tokens is not None):
             raise ValueError("top_tokens, top_log_probs and trunk_states go together: give what trunk_outputs gave.")
         self.heads.follow_vocabulary(self.trunk)
+        _check_ids(input_ids, labels, self.trunk.vocab_size)
         if trunk_states is not None and self.heads.reads:
             raise ValueError("These heads read the trunk's keys and values: leave trunk_states out.")
         if trunk_states is not None and labels is not None:
@@ -365,7 +366,7 @@ class MultiTokenModel(BaseInterface):
                 accuracies[k - 1] = found.hits[place].sum() / count
                 hits[k] = found.hits[place]
         return MultiTokenOutput(
-            loss=total / (items if denominator is None else denominator),
+            loss=total / (items if denominator is None else _at_least_one(denominator)),
             depth_losses=losses,
             depth_accuracies=accuracies,
             depth_overlaps=overlaps,
@@ -441,7 +442,7 @@ class MultiTokenModel(BaseInterface):
         if heads not in (None, 1):
             raise ValueError(f"heads is {heads}; give 1 for the plain model, or None for all heads.")
         self._check_heads()
-        drafter = None if heads == 1 else HeadDrafter(self.trunk, self.heads)
+        drafter = None if heads == 1 or self.multi_token.n == 1 else HeadDrafter(self.trunk, self.heads)
         stops = end_tokens(self.base) if stop_tokens is None else stop_tokens
         engine = Engine(self.trunk, drafter, rows, stops, **settings)
         if engine.depth == "auto":
@@ -697,6 +698,30 @@ def _refuse_reentrant(checkpointing: Callable[..., Any]) -> None:
         )
 
 
+def _at_least_one(count: Tensor | int) -> Tensor | int:
+    """A batch whose labels are all masked has the loss 0, which 0 targets would make NaN."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+
+def _check_ids(input_ids: Tensor, labels: Tensor | None, vocab_size: int) -> None:
+    """Refuse tokens that the trunk does not have, and labels that are no tokens; on a CPU, where it costs no wait.
+
+    Raises:
+        ConfigError: for such a token.
+    """
+    for name, ids in (("input_ids", input_ids), ("labels", labels)):
+        if ids is None or ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+            continue
+        if ids.is_floating_point() or ids.ndim != 2 or (labels is not None and labels.shape != input_ids.shape):
+            raise ConfigError(f"{name} is {list(ids.shape)} of {ids.dtype}; give token ids [B, T], labels alike.")
+        bad = (ids >= vocab_size) | (ids < 0) & (ids != IGNORE if name == "labels" else True)
+        if bad.any():
+            raise ConfigError(
+                f"{name} has the token {int(ids[bad][0])}, but the vocabulary of the base has {vocab_size}, counted "
+                "from 0: tokenize with the tokenizer of the base."
+            )
+
+
 def _leading(hits: dict[int, Tensor], targets: Tensor, n: int) -> Tensor:
     """How many depths 2, 3 … hit one after the other [B, T]; -1 where the t+1 `targets` have none."""
     standing = torch.ones_like(targets)
@@ -745,6 +770,7 @@ def attach(
     Raises:
         HostError, ConfigError: where the host or the config cannot work; the message says why.
     """
+    check_n(config.n, unwrapped(base).config)
     model = MultiTokenModel(base, config)
     if (why := model._why_untrainable) is not None:
         if is_offloaded(model.base):
@@ -760,13 +786,24 @@ def attach(
     return model
 
 
+def check_n(n: int, base: PreTrainedConfig) -> None:
+    """Refuse more tokens than a base has positions for: the furthest would never have a target.
+
+    Raises:
+        ConfigError: for such an n.
+    """
+    text: Any = base.get_text_config(decoder=True)
+    if getattr(text, "max_position_embeddings", None) and n >= (context := context_length(text)):
+        raise ConfigError(f"n is {n}, but the base reads {context} tokens: give a smaller n.")
+
+
 def try_heads(model: MultiTokenModel) -> None:
     """Refuse, before anything else is done, heads that cannot run on their trunk.
 
     Raises:
         HostError: with the reason.
     """
-    if model.trunk.device.type != "meta":
+    if model.trunk.device.type != "meta" and model.multi_token.n > 1:
         check_heads(type(model.base).__name__, model.multi_token.kind, lambda: _run_heads(model))
 
 

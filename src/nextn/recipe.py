@@ -27,14 +27,14 @@ from transformers.trainer_utils import IntervalStrategy
 
 from nextn.adapters import adapter_layers, add_adapters, merge_adapters
 from nextn.config import ConfigError, MultiTokenConfig, ScheduleConfig, Strict, field_value
-from nextn.data import PackedBlocks, StreamedBlocks, byte_tokenizer, check_ids, examples_of
+from nextn.data import DataError, PackedBlocks, StreamedBlocks, byte_tokenizer, check_ids, examples_of, reach
 from nextn.decoding.compiled import CompileError, require_compiler
 from nextn.evaluation.speedup import measure_speedup
 from nextn.files import replacing, sha256
 from nextn.formats import FormatError, native
 from nextn.kept import KeptOutputs
 from nextn.lock import FileLock
-from nextn.model import MultiTokenModel, attach
+from nextn.model import MultiTokenModel, attach, check_n
 from nextn.output import TrimmedOutput
 from nextn.recipe_files import recipe_path
 from nextn.scratch import from_scratch
@@ -188,7 +188,7 @@ class Recipe(Strict):
     def config(self) -> MultiTokenConfig:
         """The heads, with the output that `vocabulary` asks for."""
         assert self.heads is not None
-        if self.vocabulary is None:
+        if self.vocabulary is None or self.heads.n == 1:
             return self.heads
         output = {"kind": "trimmed", "size": self.vocabulary, "own": self.heads.kind == "eagle3"}
         return MultiTokenConfig(**self.heads.model_dump() | {"output": output})
@@ -306,20 +306,23 @@ def _train(
         dtype = torch.bfloat16 if native.config_of(out).freeze_trunk else torch.float32
         return native.load(out, dtype=dtype, trust_remote_code=trust_remote_code)
     trained_on = None if recipe.scratch is not None else _trained_on(recipe)
+    n = (trained_on or recipe.config()).n
+    _check_sizes(recipe, n, trust_remote_code)
     tokenizer = _tokenizer(recipe, trained_on, trust_remote_code)
     blocks = _blocks(recipe, tokenizer)
     training, validation = _split(blocks, recipe, tokenizer, say)
     packed = training if isinstance(training, PackedBlocks) else None
+    _check_targets(packed, validation, n, recipe.validates_on_file, say)
     if packed:
         say(f"{packed.trained_tokens:,} trained tokens in {len(packed):,} blocks of {recipe.length}")
     transformers.set_seed(recipe.seed)
     was_begun = any(out.glob("checkpoint-*"))
     (checkpoint,) = broadcast_object_list([None if arguments.process_index else last_checkpoint(out, say)])
     model = _model(recipe, trained_on, tokenizer, blocks, arguments.device, trust_remote_code)
-    if packed and not checkpoint and recipe.scratch is None and not trained_on:
-        calibrate_on(model, packed, say)
     if validation is not None:
         _check_reads(model.base, validation)
+    if packed and not checkpoint and recipe.scratch is None and not trained_on and model.multi_token.n > 1:
+        calibrate_on(model, packed, say)
     if model.multi_token.output.kind == "trimmed" and not trained_on:
         choose_vocabulary(model, packed, tokenizer, say)
     if recipe.compile:
@@ -486,11 +489,12 @@ def _trained_on(recipe: Recipe) -> MultiTokenConfig | None:
     """
     assert recipe.base is not None
     directory = native.heads_directory(recipe.base) if recipe.heads is None else recipe.base
-    if not native.has_heads(directory):
+    stored = native.config_of(directory) if native.has_heads(directory) else None
+    if stored is None or stored.n == 1:
         if recipe.heads is None:
             raise ConfigError(f"{recipe.base} has no heads; say under heads what is to be attached.")
         return None
-    stored, given = native.config_of(directory), recipe.heads.model_fields_set if recipe.heads else set()
+    given = recipe.heads.model_fields_set if recipe.heads else set()
     others = [name for name in sorted(given - OF_TRAINING) if getattr(recipe.heads, name) != getattr(stored, name)]
     if recipe.vocabulary not in (None, stored.output.size):
         others.append("vocabulary")
@@ -511,10 +515,71 @@ def _tokenizer(recipe: Recipe, trained_on: MultiTokenConfig | None, trust_remote
     return (native.tokenizer_of if trained_on else native.load_tokenizer)(name, trust_remote_code)
 
 
+def _check_sizes(recipe: Recipe, n: int, trust_remote_code: bool) -> None:
+    """Refuse blocks in which depth n never has a target, or longer ones than the base reads, before data is read.
+
+    Raises:
+        ConfigError: with the sizes.
+    """
+    if recipe.length <= n:
+        raise ConfigError(
+            f"length is {recipe.length}, but n is {n}: a block of {recipe.length} tokens has no target t+{n}. Give a "
+            f"length of at least {n + 1}, or a smaller n."
+        )
+    if recipe.base is not None:
+        base = native.base_of(recipe.base) if native.has_heads(recipe.base) else recipe.base
+        config = native.load_config(base, trust_remote_code).get_text_config(decoder=True)
+        if getattr(config, "max_position_embeddings", None):
+            check_n(n, config)
+            _check_length(recipe.length, context_length(config))
+
+
+def _check_targets(
+    training: PackedBlocks | None, validation: PackedBlocks | None, n: int, on_file: bool, say: Say
+) -> None:
+    """Refuse text in which depth n has no target, and a validation file that is trained on; say what is unusual.
+
+    Args:
+        training: None where it is streamed.
+        on_file: whether the validation data is a file of its own, rather than a share of the blocks.
+
+    Raises:
+        DataError: for such text.
+    """
+    if training is not None:
+        depths = [reach(document, training.length) for document in training.documents]
+        if max(depths) < n:
+            raise DataError(
+                f"The data has no target t+{n}: no text or answer ends more than {max(depths)} tokens after its "
+                f"beginning. Give longer text, or an n of at most {max(depths)}."
+            )
+        if training.left_out:
+            say(
+                f"{training.left_out:,} records have no target in their first {training.length} tokens and are left out"
+            )
+        if short := sum(depth < n for depth in depths):
+            say(f"{short:,} of {len(depths):,} documents are too short to have a target t+{n}")
+    if validation is None:
+        return
+    deepest = max(reach(document, validation.length) for document in validation.documents)
+    if deepest < n:
+        say(f"the validation data has no target t+{deepest + 1} or further: it says nothing of these depths")
+    if training is not None:
+        known = {hash(tuple(ids)) for ids, _ in training.documents}
+        seen = [hash(tuple(ids)) in known for ids, _ in validation.documents]
+        if all(seen) and on_file:
+            raise DataError("All of the validation data is trained on too: give other text, or validation: null.")
+        if any(seen):
+            say(f"{sum(seen):,} of {len(seen):,} documents of the validation data are trained on too")
+
+
 def _blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PackedBlocks | StreamedBlocks:
     def examples() -> Any:
         return examples_of(recipe.data, tokenizer, recipe.length, recipe.split)
 
+    if recipe.stream:  # a source without text would end the training when its turn comes
+        for source in recipe.data:
+            any(reach(made, recipe.length) for made in examples_of([source], tokenizer, recipe.length, recipe.split))
     pad = 0  # nothing reads padding, and a tokenizer's own padding token may be one that the model does not have
     return (
         StreamedBlocks(examples, recipe.length, pad) if recipe.stream else PackedBlocks(examples(), recipe.length, pad)
@@ -573,11 +638,14 @@ def calibrate_on(model: MultiTokenModel, blocks: PackedBlocks, say: Say) -> None
 
 def _check_reads(base: PreTrainedModel, blocks: PackedBlocks | StreamedBlocks) -> None:
     """Refuse blocks that are longer than a model's context, or have tokens that it does not have."""
-    context = context_length(base.get_decoder().config)
-    if blocks.length > context:
-        raise ConfigError(f"length is {blocks.length}, but the base reads {context} tokens.")
+    _check_length(blocks.length, context_length(base.get_decoder().config))
     embedding: Any = base.get_input_embeddings()
     blocks.check_tokens(len(embedding.weight))
+
+
+def _check_length(length: int, context: int) -> None:
+    if length > context:
+        raise ConfigError(f"length is {length}, but the base reads {context} tokens: give a smaller length.")
 
 
 def _compile(model: MultiTokenModel, arguments: transformers.TrainingArguments) -> None:

@@ -32,6 +32,11 @@ def from_scratch(
         )
     known = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     settings = known | {"pad_token_id": tokenizer.pad_token_id} | shape | {"num_hidden_layers": layers}
+    if settings["vocab_size"] < len(tokenizer):
+        raise ConfigError(
+            f"scratch.vocab_size is {settings['vocab_size']}, but the tokenizer has {len(tokenizer)} tokens: leave it "
+            "out, or make it as large."
+        )
     try:
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), trust_remote_code=False)
     except (ValueError, TypeError, AttributeError) as error:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import chain, islice
@@ -27,6 +27,7 @@ from nextn.data import is_byte_tokenizer
 from nextn.files import sha256, write_json
 from nextn.formats import native
 from nextn.guard import HeldOutGuard
+from nextn.losses import IGNORE
 from nextn.model import MultiTokenModel, MultiTokenOutput
 from nextn.trainers import TrainerLink, by_depth
 
@@ -118,12 +119,29 @@ class Trainer(transformers.Trainer):
                 )
         elif resume_from_checkpoint:
             _refuse_damaged(resume_from_checkpoint)
-        elif self.calibrate and self.model.heads.is_new:
+        self._check_targets()
+        if not resume_from_checkpoint and self.calibrate and self.model.heads.is_new:
             calibrate(self.model, self._first_batches(), CALIBRATION_BATCHES)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.guard and self.guard.best_step != self.state.global_step:
             self.load_checkpoint_weights(self.guard.best_checkpoint)
         return output
+
+    def _check_targets(self) -> None:
+        """Refuse data in which every label is masked; the first batch with a target ends the search.
+
+        Raises:
+            ConfigError: for such data, to train on or held out.
+        """
+        named: dict[str, Any] = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        for name, data in named.items():
+            if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or isinstance(data, dict):
+                continue  # a stream may give its text once
+            items: Any = (data[index] for index in range(len(data)))
+            if len(data) and all(_is_masked(item) for item in items):
+                raise ConfigError(
+                    f"{name} has no target: all labels are {IGNORE}, but for first ones, which nothing predicts."
+                )
 
     def _first_batches(self) -> Iterator[Any]:
         """Batches of the training data in its own order, alike in all processes."""
@@ -356,6 +374,12 @@ class Trainer(transformers.Trainer):
             again = native.load_base(resume_from_checkpoint, model.trunk.dtype, base.is_custom_code())
             base.load_state_dict(again.state_dict())
         native.load_heads(model, resume_from_checkpoint)
+
+
+def _is_masked(item: Any) -> bool:
+    """Whether an item of a dataset has labels, none of which is a target."""
+    labels = item.get("labels") if isinstance(item, Mapping) else None
+    return labels is not None and bool((torch.as_tensor(labels).flatten()[1:] == IGNORE).all())
 
 
 class _Scheduled(transformers.TrainerCallback):

@@ -52,7 +52,7 @@ def _text(description: dict[str, Any], is_whole: bool, repository: str | None) -
     named = f"{shown} ({base['architecture']})" if shown and shown != repository else base["architecture"]
     rows = {
         "base": named,
-        "tokens predicted (n)": f"{config.n}: the next token and {config.n - 1} drafts",
+        "tokens predicted (n)": f"{config.n}: the next token and {config.n - 1} drafts" if config.n > 1 else "1",
         "heads": config.kind,
         "output": str(config.output),
     }
@@ -61,12 +61,17 @@ def _text(description: dict[str, Any], is_whole: bool, repository: str | None) -
     if description.get("held_out_tau"):
         rows["τ on held-out text"] = f"{description['held_out_tau']:.2f} tokens per step"
     what = "A causal language model with multi-token prediction heads" if is_whole else "Multi-token prediction heads"
+    made = (
+        f"{what}, made with nextn. The heads draft tokens that the base model verifies: decoding is faster, and its "
+        "text is that of the base model."
+    )
+    if config.n == 1:
+        made = "A causal language model without heads, trained with nextn to predict the next token alone."
     title = (repository or shown).split("/")[-1] or base["architecture"]
     lines = [
         f"# {title if is_whole or repository else f'{title} heads'}",
         "",
-        f"{what}, made with nextn. The heads draft tokens that the base model verifies: decoding is faster, and its "
-        "text is that of the base model.",
+        made,
         "",
         "| | |",
         "|---|---|",

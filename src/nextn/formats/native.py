@@ -498,6 +498,8 @@ def _checked_directory(path: str, settings: dict[str, Any]) -> Path:
     Args:
         settings: what `from_pretrained` gets; `revision`, `cache_dir` and `subfolder` count.
     """
+    if path.startswith(("/", "./", "../", "~")) and not Path(path).is_dir():
+        raise FormatError(f"There is no directory {path}: give that of a model, or a name on the hub.")
     directory = _directory(path, settings.get("revision"), settings.get("cache_dir")) / settings.get("subfolder", "")
     if directory.is_dir():
         check_directory(directory)
