@@ -30,7 +30,7 @@ from nextn.files import replacing
 from nextn.formats import native
 from nextn.kept import KeptOutputs
 from nextn.model import MultiTokenModel, attach
-from nextn.recipe import Recipe, calibrate_on, choose_vocabulary, hold_out
+from nextn.recipe import Recipe, choose_vocabulary, hold_out
 
 HELD_OUT = 4096  # tokens
 
@@ -39,7 +39,7 @@ def make_model(base: str, config: nextn.MultiTokenConfig, blocks: PackedBlocks, 
     """New heads, calibrated and with their vocabulary chosen as `nextn attach` does."""
     torch.manual_seed(0)
     model = attach(native.load_base(base, torch.bfloat16), config)
-    calibrate_on(model, blocks, print)
+    model.calibrate(blocks.batch(range(start, min(start + 4, len(blocks)))) for start in range(0, len(blocks), 4))
     if config.output.kind == "trimmed":
         choose_vocabulary(model, blocks, tokenizer, print)
     return model.train()

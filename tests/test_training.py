@@ -398,12 +398,14 @@ def test_held_out_figures_by_depth_do_not_depend_on_the_batch_size(tmp_path):
         model = model_of(freeze_trunk=False, weights={"preset": "gloeckle"})
         metrics = nextn.Trainer(model=model, args=settings, eval_dataset=Uneven(16)).evaluate()
         names = [f"eval_{name}_{depth}" for name in ("loss", "accuracy") for depth in (1, 2, 3)]
-        figures.append({name: metrics[name] for name in (*names, "eval_tokens", "eval_tau")})
+        figures.append({name: metrics[name] for name in ("eval_loss", *names, "eval_tokens", "eval_tau")})
     assert figures[0] == pytest.approx(figures[1], abs=1e-5) and figures[0] == pytest.approx(figures[2], abs=1e-5)
     batch = torch.utils.data.default_collate([Uneven(16)[index] for index in range(16)])
     assert figures[0]["eval_tokens"] == (batch["labels"][:, 1:] != -100).sum()
     with torch.no_grad():
         logits = model.base(input_ids=batch["input_ids"]).logits[:, :-1]
+        whole = model(**batch).loss.item()
+    assert figures[0]["eval_loss"] == pytest.approx(whole, abs=1e-5)
     plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
     assert figures[0]["eval_loss_1"] == pytest.approx(plain.item(), abs=1e-5)
 
@@ -440,8 +442,8 @@ def test_the_log_file_has_what_was_logged_and_goes_on_after_a_kill(tmp_path):
     assert len(held_out[0]) == 3 and held_out[0] == pytest.approx(held_out[1], abs=1e-5)
 
 
-def test_tokens_per_second_leave_evaluation_and_saving_out(tmp_path, monkeypatch):
-    """On a clock that only evaluating and saving move."""
+def test_tokens_per_second_leave_calibration_evaluation_and_saving_out(tmp_path, monkeypatch):
+    """On a clock that these move by a thousand seconds, and a step by one."""
     clock = [0.0]
     monkeypatch.setattr("nextn.training.time.monotonic", lambda: clock[0])
 
@@ -452,6 +454,11 @@ def test_tokens_per_second_leave_evaluation_and_saving_out(tmp_path, monkeypatch
         def on_step_end(self, *args, **kwargs):
             clock[0] += 1.0
 
+    def calibrate(self, batches):
+        clock[0] += 1000.0
+        return 0
+
+    monkeypatch.setattr(nextn.MultiTokenModel, "calibrate", calibrate)
     settings = {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 2, "save_steps": 1}
     data = {"train_dataset": Lines(), "eval_dataset": Lines(8)}
     trainer = nextn.Trainer(model=model_of(), args=arguments(tmp_path, **settings), callbacks=[Slow()], **data)
@@ -486,3 +493,27 @@ def test_the_time_left_is_right_after_a_tenth_of_the_run(tmp_path, monkeypatch):
     estimate = 20 / 2 * elapsed[2]
     assert elapsed[0] == 0
     assert estimate == pytest.approx(elapsed[20], rel=0.2)
+
+
+def test_calibration_leaves_out_columns_that_the_model_does_not_take(tmp_path):
+    class Named(Lines):
+        def __getitem__(self, index):
+            return super().__getitem__(index) | {"text": "a name"}
+
+    weights = []
+    for dataset in (Lines(), Named()):
+        settings = arguments(tmp_path, learning_rate=0.0, max_steps=1, save_strategy="no", remove_unused_columns=True)
+        trainer = nextn.Trainer(model=model_of(), args=settings, train_dataset=dataset)
+        trainer.train()
+        weights.append(state(trainer.model)["heads.step.eh_proj.weight"])
+    assert torch.equal(*weights)
+
+
+def test_the_callback_leaves_trained_heads_as_they_are(tmp_path):
+    model = model_of()
+    nextn.Trainer(model=model, args=arguments(tmp_path / "first"), train_dataset=Lines()).train()
+    before = state(model)
+    settings = arguments(tmp_path / "second", learning_rate=0.0, max_steps=1, save_strategy="no")
+    callbacks = [nextn.Calibration()]
+    transformers.Trainer(model=model, args=settings, train_dataset=Lines(), callbacks=callbacks).train()
+    assert_equal(state(model), before, rtol=0, atol=0)

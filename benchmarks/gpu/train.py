@@ -56,7 +56,7 @@ def packed_blocks(batch: int, length: int, vocabulary: int, device: str) -> dict
 
 def measure(functions: dict[str, Callable[[], object]], device: str, steps: int) -> dict[str, dict[str, Any]]:
     """Seconds of each turn by contender, and bytes at the peak above those before; two turns are not counted."""
-    found: dict[str, dict[str, Any]] = {name: {"seconds": [], "peak_bytes": None} for name in functions}
+    results: dict[str, dict[str, Any]] = {name: {"seconds": [], "peak_bytes": None} for name in functions}
     for turn in track(range(steps + 2), "measuring"):
         for name, function in functions.items():
             if device == "cuda":
@@ -67,17 +67,17 @@ def measure(functions: dict[str, Callable[[], object]], device: str, steps: int)
             function()
             if device == "cuda":
                 torch.cuda.synchronize()
-                found[name]["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+                results[name]["peak_bytes"] = torch.cuda.max_memory_allocated() - before
             if turn >= 2:
-                found[name]["seconds"].append(time.perf_counter() - start)
-    return found
+                results[name]["seconds"].append(time.perf_counter() - start)
+    return results
 
 
 def train_step(model: MultiTokenModel, batch: dict[str, torch.Tensor]) -> None:
-    model.zero_grad(set_to_none=True)
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
         loss = model(**batch).loss
     loss.backward()
+    model.zero_grad(set_to_none=True)  # before memory is measured again
 
 
 def heads_alone(shape: dict[str, Any], batch: int, length: int, device: str, steps: int) -> list[dict[str, Any]]:
@@ -88,13 +88,14 @@ def heads_alone(shape: dict[str, Any], batch: int, length: int, device: str, ste
     inputs = {name: blocks[name] for name in ("input_ids", "position_ids")}
     functions: dict[str, Callable[[], object]] = {"trunk, forward": lambda: models[2].trunk_outputs(**inputs)}
     functions |= {f"n = {n}": lambda model=model: train_step(model, blocks) for n, model in models.items()}
-    found, rows = measure(functions, device, steps), []
+    measured, rows = measure(functions, device, steps), []
     layers = sum(parameter.numel() for parameter in models[2].trunk.layers.parameters())
+    rows.append(row("trunk, forward", 1, measured["trunk, forward"], measured["trunk, forward"], 1.0, batch * length))
     for n, model in models.items():
         module = sum(parameter.numel() for parameter in model.heads.parameters() if parameter.ndim > 1)
         table = model.heads.output.operations(model.trunk)
         operations = (layers + (n - 1) * (3 * module + 2 * table)) / layers
-        rows.append(row("heads alone", n, found[f"n = {n}"], found["trunk, forward"], operations, batch * length))
+        rows.append(row("heads alone", n, measured[f"n = {n}"], measured["trunk, forward"], operations, batch * length))
     return rows
 
 
@@ -108,11 +109,11 @@ def together(shape: dict[str, Any], batch: int, length: int, device: str, steps:
         config = nextn.MultiTokenConfig(n=max(n, 2), heads="parallel", freeze_trunk=False, weights=weights)
         models[n] = nextn.attach(make_trunk(shape, layers - (n - 1), device), config).train()
     functions = {f"n = {n}": (lambda model=model: train_step(model, blocks)) for n, model in models.items()}
-    found = measure(functions, device, steps)
+    measured = measure(functions, device, steps)
     unembedding = shape["hidden_size"] * shape["vocab_size"]
     return [
         row(
-            "together", n, found[f"n = {n}"], found["n = 1"],
+            "together", n, measured[f"n = {n}"], measured["n = 1"],
             (layers * a_layer + n * unembedding) / (layers * a_layer + unembedding), batch * length,
         )
         for n in DEPTHS

@@ -14,19 +14,20 @@ from nextn.config import ConfigError
 if TYPE_CHECKING:
     from nextn.training import Trainer
 
-RISE = 1.1  # times the first held-out loss; above it, training goes back
-MOST_ROLLBACKS = 2
+MAX_LOSS_RATIO = 1.1  # over the first held-out loss; above it, training goes back
+MAX_ROLLBACKS = 2
 logger = logging.get_logger("nextn")
 
 
 class HeldOutGuard(transformers.TrainerCallback):
     """Keeps the state with the lowest held-out loss, and goes back to it where the loss rises or is not finite.
 
-    The held-out loss is measured before the first step, whenever the trainer evaluates, and after the last step. A new
-    lowest loss is saved as a checkpoint. Where the loss is above `RISE` times the first one, or not a finite number,
-    the weights of the best checkpoint are loaded, the optimizer's moments are cleared, and the learning rate is halved
-    for the rest of the run; after `MOST_ROLLBACKS` of these the run stops. All decisions follow from the trainer's log
-    history, which its checkpoints hold, so that a resumed run decides as an uninterrupted one.
+    The held-out loss is measured before the first step, whenever the trainer evaluates, and after the last step. Each
+    new lowest loss is saved as a checkpoint; `save_total_limit` bounds how many are kept, and never removes the best.
+    Where the loss is above `MAX_LOSS_RATIO` times the first one, or not a finite number, the weights of the best
+    checkpoint are loaded, the optimizer's moments are cleared, and the learning rate is halved for the rest of the run;
+    after `MAX_ROLLBACKS` of these the run stops. All decisions follow from the trainer's log history, which its
+    checkpoints hold, so that a resumed run decides as an uninterrupted one.
 
     Args:
         trainer: with an evaluation dataset.
@@ -63,30 +64,35 @@ class HeldOutGuard(transformers.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.is_training = True
-        if state.global_step == 0:
-            self.trainer.evaluate()
-            if not self.losses:
-                raise ConfigError(
-                    "The held-out loss is not a finite number before the first step; check the base, its dtype and the "
-                    "validation data."
-                )
-            self.trainer.save_checkpoint()
+        if self.losses and self.best_checkpoint.is_dir():
+            return  # resumed
+        self.trainer.evaluate()
+        if not self.losses:
+            raise ConfigError(
+                "The held-out loss is not a finite number before the first step; check the base, its dtype and the "
+                "validation data."
+            )
+        self.trainer.save_checkpoint()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps or control.should_training_stop:
             control.should_evaluate = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.losses:  # evaluated at the end of the step already
+            control.should_evaluate = False
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.is_training and "non_finite_losses" in kwargs["logs"]:
             self._go_back("the training loss is not a finite number", control, **kwargs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not (self.is_training and self.losses and state.global_step):
+        if not (self.is_training and self.losses and state.global_step and "eval_loss" in kwargs["metrics"]):
             return
         loss, first = kwargs["metrics"]["eval_loss"], next(iter(self.losses.values()))
         if not math.isfinite(loss):
             self._go_back("the held-out loss is not a finite number", control, **kwargs)
-        elif loss > RISE * first:
+        elif loss > MAX_LOSS_RATIO * first:
             self._go_back(f"the held-out loss rose from {first:.3f} to {loss:.3f}", control, **kwargs)
         elif self.best_step == state.global_step:
             control.should_save = True
@@ -97,10 +103,10 @@ class HeldOutGuard(transformers.TrainerCallback):
     # --- going back -------------------------------------------------------------------------------------------
 
     def _go_back(self, why: str, control: Any, optimizer: Any, lr_scheduler: Any, **kwargs: Any) -> None:
-        if self.rollbacks >= MOST_ROLLBACKS:
-            control.should_training_stop = True
+        if self.rollbacks >= MAX_ROLLBACKS:
+            control.should_training_stop, control.should_save = True, False
             self._warn(
-                f"{why} after the learning rate was halved {MOST_ROLLBACKS} times; training stops with the state of "
+                f"{why} after the learning rate was halved {MAX_ROLLBACKS} times; training stops with the state of "
                 f"step {self.best_step}. Start again with a lower learning rate."
             )
             return

@@ -39,10 +39,8 @@ from nextn.output import TrimmedOutput
 from nextn.recipe_files import recipe_path
 from nextn.scratch import from_scratch
 from nextn.training import (
-    CALIBRATION_ROWS,
     Trainer,
     bar_with_time_left,
-    calibrate,
     is_finished,
     last_checkpoint,
     write_finished,
@@ -52,7 +50,6 @@ from nextn.vocabulary import coverage, most_frequent
 
 BYTES = "bytes"
 AUTO = "auto"
-CALIBRATION_BLOCKS = 128
 WARMUP = 0.05  # of the steps
 MANY_STEPS = 2000
 DECODED_PROMPTS = 8  # held-out ones, at the end
@@ -93,7 +90,7 @@ class Recipe(Strict):
     compile: let torch.compile make machine code of each layer; half a minute at the start, and faster after that.
     seed: of the order of the data, and of random weights.
     training: arguments of `transformers.TrainingArguments`, over the defaults of `Recipe.arguments`. Without a
-        `learning_rate` it is that of `usual_learning_rate`.
+        `learning_rate` it is that of `default_learning_rate`.
     """
 
     what: ClassVar[str] = "recipe"
@@ -217,6 +214,8 @@ class Recipe(Strict):
         }
         if self.validation:
             usual |= {"eval_strategy": "steps", "eval_steps": 1 / EVALUATIONS}
+        if self.training.get("load_best_model_at_end"):  # transformers wants both alike
+            usual["eval_steps"] = self.training.get("save_steps", usual["save_steps"])
         fixed = {"output_dir": str(out), "seed": self.seed, "remove_unused_columns": False}
         stated = usual | {name: _number(value) for name, value in self.training.items()} | fixed
         if "lr_scheduler_type" in self.training:
@@ -227,7 +226,7 @@ class Recipe(Strict):
             raise ConfigError(f"training: {str(error).removeprefix('TrainingArguments.__init__() ')}.") from None
 
 
-def usual_learning_rate(model: MultiTokenModel, recipe: Recipe) -> float:
+def default_learning_rate(model: MultiTokenModel, recipe: Recipe) -> float:
     """The peak learning rate of a recipe that states none.
 
     For heads on a frozen trunk of width D it is 0.6 / D, at most 1e-3: Adam's rate falls with the width as in muP
@@ -243,7 +242,7 @@ def usual_learning_rate(model: MultiTokenModel, recipe: Recipe) -> float:
     return min(1e-3, 0.6 / width)
 
 
-def usual_batch_size(blocks: PackedBlocks, arguments: transformers.TrainingArguments) -> int:
+def default_batch_size(blocks: PackedBlocks, arguments: transformers.TrainingArguments) -> int:
     """Blocks in a batch for a recipe that states none: 2, and more beyond `MANY_STEPS` steps, up to 32.
 
     The batch size that is efficient grows with the amount of data and hardly with the size of the model
@@ -321,8 +320,6 @@ def _train(
     model = _model(recipe, trained_on, tokenizer, blocks, arguments.device, trust_remote_code)
     if validation is not None:
         _check_reads(model.base, validation)
-    if packed and not checkpoint and recipe.scratch is None and not trained_on and model.multi_token.n > 1:
-        calibrate_on(model, packed, say)
     if model.multi_token.output.kind == "trimmed" and not trained_on:
         choose_vocabulary(model, packed, tokenizer, say)
     if recipe.compile:
@@ -335,9 +332,9 @@ def _train(
         with replacing(out / "recipe.json") as part:
             part.write_text(stated)
     if packed and "per_device_train_batch_size" not in recipe.training:
-        arguments.per_device_train_batch_size = usual_batch_size(packed, arguments)
+        arguments.per_device_train_batch_size = default_batch_size(packed, arguments)
     if "learning_rate" not in recipe.training:
-        arguments.learning_rate = usual_learning_rate(model, recipe)
+        arguments.learning_rate = default_learning_rate(model, recipe)
         say(f"learning rate {arguments.learning_rate:.2g} at its peak, for a model of width {model.trunk.width:,}")
     if validation is None:
         arguments.eval_strategy = IntervalStrategy.NO
@@ -348,13 +345,15 @@ def _train(
         train_dataset=training,
         eval_dataset=held_out,
         guard=recipe.guard and validation is not None,
-        calibrate=False,
+        calibrate=False,  # but below, and said
         data_collator=default_collate,  # blocks are of one length; the tokenizer's collator would take them apart
         processing_class=tokenizer,
         schedule=recipe.schedule,
     )
     if arguments.fsdp and not trainer.is_fsdp_enabled:  # accelerate goes on without a word, all weights in each process
         raise ConfigError("training.fsdp shards over several accelerators; here there are none: leave it out.")
+    if not checkpoint and recipe.scratch is None and (positions := trainer.calibrate_heads()):
+        say(f"heads calibrated on {positions:,} tokens")
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.guard and trainer.guard.best_step != trainer.state.global_step:
         say(f"the state of step {trainer.guard.best_step} is saved: its held-out loss is the lowest")
@@ -367,10 +366,12 @@ def _train(
     KeptOutputs.forget(out)
     if arguments.should_save:
         write_finished(out)
-    say(summary(trainer.state.log_history, model.multi_token.n))
+    say(summary(trainer.state.log_history, model.multi_token.n, "saved" if trainer.guard else "end"))
     say(f"{'heads' if model.multi_token.freeze_trunk else 'model'} saved in {out}")
     model.eval()
-    if validation is not None and model.multi_token.freeze_trunk and arguments.world_size == 1:
+    if recipe.compile:
+        say(f"nextn bench {out} measures what the heads are worth on this machine")
+    elif validation is not None and model.multi_token.freeze_trunk and arguments.world_size == 1:
         report_speedup(native.load(out, model.base, model.trunk.dtype), validation, out, say)
     return model
 
@@ -386,9 +387,10 @@ def report_speedup(model: MultiTokenModel, held_out: PackedBlocks, out: Path, sa
     if speedup is None:
         return
     say(speedup.table())
+    dtype = str(model.trunk.dtype).removeprefix("torch.")
     say(
-        f"A plain step took {1e3 * speedup.plain_seconds:.1f} ms, one with all drafts {speedup.ratio.cell()} times as "
-        f"long ({torch.get_num_threads()} threads, {str(model.trunk.dtype).removeprefix('torch.')}, not compiled)."
+        f"A plain step took {1e3 * speedup.plain_seconds:.1f} ms, a step with all drafts "
+        f"{speedup.step_time_ratio.cell()} times that ({torch.get_num_threads()} threads, {dtype}, not compiled)."
     )
     if speedup.is_worth_it:
         say(
@@ -401,11 +403,16 @@ def report_speedup(model: MultiTokenModel, held_out: PackedBlocks, out: Path, sa
         )
 
 
-def summary(history: list[dict[str, Any]], n: int) -> Table:
-    """Loss and accuracy by depth at the start and the end of a training, of held-out text where there is some."""
+def summary(history: list[dict[str, Any]], n: int, last: str = "end") -> Table:
+    """Loss and accuracy by depth at the start and the end of a training, of held-out text where there is some.
+
+    Args:
+        last: what the last column is called.
+    """
     held_out = [entry for entry in history if "eval_loss" in entry]
     if held_out:
-        prefix, shown, names = "eval_", [held_out[0], held_out[-1]], ["start", "saved"]
+        prefix, shown = "eval_", [held_out[0], held_out[-1]]
+        names = [f"step {held_out[0]['step']}" if held_out[0]["step"] else "start", last]
         title = f"{held_out[-1].get('eval_tokens', 0):,.0f} tokens of held-out text"
         if "eval_tau" in held_out[-1]:
             title += f", τ estimated on them: {held_out[-1]['eval_tau']:.2f}"
@@ -621,19 +628,6 @@ def _model(
         add_adapters(model.base, recipe.lora)
     model.check_trainable()
     return model.train() if trained_on else model
-
-
-def calibrate_on(model: MultiTokenModel, blocks: PackedBlocks, say: Say) -> None:
-    """Fit new heads to blocks from all over the text."""
-    if not model.heads.can_calibrate:
-        say(f"{model.multi_token.kind} heads have no closed form to calibrate: their first losses are high")
-        return
-    rows = CALIBRATION_ROWS
-    count = min(len(blocks), CALIBRATION_BLOCKS)
-    places = [place * len(blocks) // count for place in range(count)]
-    batches = (blocks.batch(places[start : start + rows]) for start in range(0, count, rows))
-    positions = calibrate(model, batches, -(-count // rows))
-    say(f"heads calibrated on {positions:,} tokens")
 
 
 def _check_reads(base: PreTrainedModel, blocks: PackedBlocks | StreamedBlocks) -> None:

@@ -18,6 +18,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset
 from transformers.utils import logging
 
@@ -70,8 +71,8 @@ class Trainer(transformers.Trainer):
         super().__init__(*args, **kwargs)
         self.remove_callback(TrainerLink)  # for trainers that know nothing of heads
         self.calibrate = calibrate
-        if guard and self.eval_dataset is None:
-            raise ConfigError("guard compares losses on held-out text: give an eval_dataset, or leave guard out.")
+        if guard:
+            self._check_guarded()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.activation_checkpointing:
             raise ConfigError(
@@ -82,8 +83,9 @@ class Trainer(transformers.Trainer):
         self.model.schedule = schedule or ScheduleConfig()
         self.model.held_out_tau = None  # of what it was before
         self._depths: list[Tensor] = []  # loss, accuracy and overlap by depth of each batch since the last log [3, n]
-        self._tokens, self._since, self._aside = 0, time.monotonic(), 0.0
-        self._held_out: list[Tensor] = []  # counts, sums of losses, hits by depth of each held-out batch [3, n]
+        self._tokens, self._since, self._paused_seconds = 0, time.monotonic(), 0.0
+        # Of each held-out batch: t+1 targets, the sum of the loss; targets, sums of losses and hits by depth [2 + 3n].
+        self._held_out: list[Tensor] = []
         self._accepted: list[int] = []
         self._non_finite = torch.zeros((), dtype=torch.long, device=self.args.device)  # losses since the last log
         self.guard = HeldOutGuard(self) if guard else None
@@ -91,6 +93,16 @@ class Trainer(transformers.Trainer):
         progress = self.pop_callback(transformers.ProgressCallback)  # last: its time starts after the first evaluation
         for callback in (*callbacks, *([progress] if progress else [])):
             self.add_callback(callback)
+
+    def _check_guarded(self) -> None:
+        """Refuse what a guard needs and does not have, or does itself."""
+        if self.eval_dataset is None or isinstance(self.eval_dataset, dict):
+            raise ConfigError("guard compares losses on held-out text: give one eval_dataset, or leave guard out.")
+        if self.args.load_best_model_at_end or self.args.save_strategy == "best":
+            raise ConfigError(
+                "guard saves the state of the lowest held-out loss and ends with it: leave load_best_model_at_end and "
+                "save_strategy='best' out, or leave guard out."
+            )
 
     def create_accelerator_and_postprocess(self) -> None:
         """Let DistributedDataParallel expect parameters without a gradient.
@@ -120,8 +132,9 @@ class Trainer(transformers.Trainer):
         elif resume_from_checkpoint:
             _refuse_damaged(resume_from_checkpoint)
         self._check_targets()
-        if not resume_from_checkpoint and self.calibrate and self.model.heads.is_new:
-            calibrate(self.model, self._first_batches(), CALIBRATION_BATCHES)
+        if not resume_from_checkpoint and self.calibrate:
+            self.calibrate_heads()
+        self._since, self._paused_seconds = time.monotonic(), 0.0
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.guard and self.guard.best_step != self.state.global_step:
             self.load_checkpoint_weights(self.guard.best_checkpoint)
@@ -143,12 +156,29 @@ class Trainer(transformers.Trainer):
                     f"{name} has no target: all labels are {IGNORE}, but for first ones, which nothing predicts."
                 )
 
-    def _first_batches(self) -> Iterator[Any]:
-        """Batches of the training data in its own order, alike in all processes."""
+    def calibrate_heads(self) -> int:
+        """Fit the start of new heads to sequences from all over the training data; `train` does so by itself.
+
+        Of an `IterableDataset` they are the first ones, and it is read once more for training.
+
+        Returns:
+            how many positions were fitted; 0 for heads without a closed form, or that were calibrated or trained.
+        """
         data: Any = self.train_dataset
-        items = iter(data) if isinstance(data, IterableDataset) else (data[index] for index in range(len(data)))
-        while batch := list(islice(items, CALIBRATION_ROWS)):
-            yield self.data_collator(batch)
+        if data is None or self.model.multi_token.n == 1 or self.model.heads.is_calibrated:
+            return 0
+        count = CALIBRATION_BATCHES * CALIBRATION_ROWS
+        if not isinstance(data, IterableDataset):
+            count = min(count, len(data))
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+
+        def batches() -> Iterator[Any]:
+            spread = not isinstance(data, IterableDataset)
+            items = iter(data[index * len(data) // count] for index in range(count)) if spread else iter(data)
+            while batch := list(islice(items, CALIBRATION_ROWS)):
+                yield collate(batch)
+
+        return calibrate(self.model, batches(), -(-count // CALIBRATION_ROWS), self.is_world_process_zero())
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         if self.control.should_training_stop:  # the checkpoint is of the last step, see `_AtTheEnd`
@@ -170,7 +200,10 @@ class Trainer(transformers.Trainer):
                 self._accepted += simulated(outputs.accepted)
                 counts: Any = outputs.depth_counts
                 means: Any = torch.stack([outputs.depth_losses, outputs.depth_accuracies])  # type: ignore[list-item]
-                self._held_out.append(torch.cat([counts[None], torch.where(counts > 0, means * counts, 0)]))
+                targets = (outputs.accepted >= 0).sum()
+                whole = torch.stack([targets, loss.detach() * targets])
+                sums = torch.where(counts > 0, means * counts, 0)
+                self._held_out.append(torch.cat([whole, counts, *sums]))
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -192,9 +225,11 @@ class Trainer(transformers.Trainer):
     def _likely_cause(self, depth: int) -> str:
         if depth == 1:
             return "The base cannot predict this text: its weights are random, or the text was tokenized for another."
-        if self.model.heads.is_new:
+        if self.model.heads.can_calibrate and not self.model.heads.is_calibrated:
             return "The heads are not calibrated: leave calibrate on, or call model.calibrate(batches) before."
-        return "The heads do not fit the base: were they trained on another one, or with other data?"
+        if not self.model.heads.can_calibrate:
+            return "New heads of this kind cannot be calibrated, so this is expected of them."
+        return "The heads do not fit the base or this text."
 
     def evaluation_loop(
         self,
@@ -215,18 +250,27 @@ class Trainer(transformers.Trainer):
         finally:
             self.model.weights = scheduled
         assert output.metrics is not None
+        for module in self.model_wrapped.modules():  # a forward pass alone leaves the weights of FSDP2 gathered
+            if isinstance(module, FSDPModule):
+                module.reshard()
         figures = self._held_out_figures()
         output.metrics.update({f"{metric_key_prefix}_{name}": figure for name, figure in figures.items()})
         self.model.held_out_tau = output.metrics.get(f"{metric_key_prefix}_tau", self.model.held_out_tau)
         return output
 
     def _held_out_figures(self) -> dict[str, float]:
-        """Of the evaluation that just ended, over all processes: loss and accuracy by depth, tokens, and tau."""
+        """Of the evaluation that just ended, over all processes: loss, also by depth, accuracy, tokens, and tau.
+
+        Means are over all targets, whatever the batches.
+        """
         n, device = self.model.multi_token.n, self.args.device
-        sums = torch.stack(self._held_out).sum(dim=0) if self._held_out else torch.zeros(3, n, device=device)
+        sums = torch.stack(self._held_out).sum(dim=0) if self._held_out else torch.zeros(2 + 3 * n, device=device)
         steps = torch.tensor([len(self._accepted), sum(self._accepted)], device=device)
-        counts, losses, hits = self.accelerator.reduce(sums, "sum").tolist()
-        figures: dict[str, float] = {"tokens": int(max(counts))}
+        tokens, loss, *by_depth = self.accelerator.reduce(sums, "sum").tolist()
+        if not tokens:
+            return {}
+        counts, losses, hits = (by_depth[part * n : (part + 1) * n] for part in range(3))
+        figures = {"loss": loss / tokens, "tokens": int(tokens)}
         for depth, (count, loss, hit) in enumerate(zip(counts, losses, hits, strict=True), start=1):
             if count:
                 figures |= {f"loss_{depth}": loss / count, f"accuracy_{depth}": hit / count}
@@ -235,7 +279,7 @@ class Trainer(transformers.Trainer):
         steps, drafts = self.accelerator.reduce(steps, "sum").tolist()
         if steps:
             figures["tau"] = 1 + drafts / steps
-        return figures if any(counts) else {}
+        return figures
 
     @contextmanager
     def _not_training(self) -> Iterator[None]:
@@ -244,14 +288,14 @@ class Trainer(transformers.Trainer):
         try:
             yield
         finally:
-            self._aside += time.monotonic() - start
+            self._paused_seconds += time.monotonic() - start
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._depths and "loss" in logs:
             logs |= by_depth(self._depths)
             tokens, now = self._tokens * self.args.world_size, time.monotonic()
-            logs["tokens_per_second"] = round(tokens / max(now - self._since - self._aside, 1e-9), 1)
-            self._depths, self._tokens, self._since, self._aside = [], 0, now, 0.0
+            logs["tokens_per_second"] = round(tokens / max(now - self._since - self._paused_seconds, 1e-9), 1)
+            self._depths, self._tokens, self._since, self._paused_seconds = [], 0, now, 0.0
             if non_finite := int(self.accelerator.reduce(self._non_finite, "sum")):
                 logs["non_finite_losses"] = non_finite
             self._non_finite = torch.zeros_like(self._non_finite)
@@ -286,8 +330,9 @@ class Trainer(transformers.Trainer):
         self._load_from_checkpoint(str(checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.guard:
-            self.state.best_model_checkpoint = str(self.guard.best_checkpoint)  # transformers removes it last
+        if self.guard:  # transformers removes it last; it may have another metric, and does not count step 0
+            self.state.best_global_step = self.guard.best_step
+            self.state.best_model_checkpoint = str(self.guard.best_checkpoint)
         with self._not_training():
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # every process writes files of its own
@@ -404,7 +449,7 @@ class Calibration(transformers.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
-        if state.global_step:
+        if state.global_step or model.heads.is_calibrated:
             return
         if args.world_size > 1:
             raise ConfigError(
@@ -413,20 +458,22 @@ class Calibration(transformers.TrainerCallback):
         calibrate(model, kwargs["train_dataloader"], CALIBRATION_BATCHES)
 
 
-def calibrate(model: MultiTokenModel, batches: Iterable[Any], most: int) -> int:
+def calibrate(model: MultiTokenModel, batches: Iterable[Any], max_batches: int, shown: bool = True) -> int:
     """`MultiTokenModel.calibrate` with a progress bar.
 
     Args:
-        most: how many batches are read at most.
+        max_batches: how many are read at most.
+        shown: whether there is a bar; of several processes, one has it.
     """
-    with bar_with_time_left() as bar:
-        return model.calibrate(bar.track(islice(batches, most), total=most, description="calibrating, at most"))
+    with bar_with_time_left(shown) as bar:
+        tracked = bar.track(islice(batches, max_batches), total=max_batches, description="calibrating, at most")
+        return model.calibrate(tracked)
 
 
-def bar_with_time_left() -> Progress:
+def bar_with_time_left(shown: bool = True) -> Progress:
     """A progress bar on standard error that leaves nothing behind."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown)
 
 
 def _fill_states(optimizer: Any) -> None:
@@ -481,8 +528,15 @@ class _LogFile(transformers.TrainerCallback):
             return
         entries = state.log_history if self.mode == "w" else state.log_history[-1:]
         with open(native.writable(args.output_dir) / "log.jsonl", self.mode) as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+            file.writelines(
+                json.dumps({name: _finite(value) for name, value in entry.items()}) + "\n" for entry in entries
+            )
         self.mode = "a"
+
+
+def _finite(value: Any) -> Any:
+    """None for NaN and infinity, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def simulated(accepted: Tensor) -> list[int]:

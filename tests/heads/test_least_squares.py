@@ -89,3 +89,11 @@ def test_with_nothing_held_out_the_largest_ridge_is_taken():
     gram += RIDGES[-1] * gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)
     expected = torch.linalg.solve(gram, inputs.double().T @ targets.double())
     torch.testing.assert_close(fit.solution(), expected)
+
+
+def test_with_nothing_held_out_it_reads_on():
+    fit = RidgeRegression()
+    for seed in range(3):
+        inputs, targets, _ = examples(2 * FIRST_CHECK, noise=0.1, seed=seed)
+        assert fit.add(inputs, targets, torch.zeros(len(inputs), dtype=torch.bool))
+    assert fit.solution().isfinite().all()

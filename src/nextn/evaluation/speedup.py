@@ -21,14 +21,14 @@ class Speedup:
 
     acceptance: of steps with all drafts.
     plain_seconds, drafted_seconds: medians over the prompts of the mean time of a step, prefill left out.
-    ratio: of the times of a drafted and a plain step, by prompt.
+    step_time_ratio: of the times of a drafted and a plain step, by prompt.
     new_tokens: tokens decoded with drafts.
     """
 
     acceptance: Acceptance
     plain_seconds: float
     drafted_seconds: float
-    ratio: Interval
+    step_time_ratio: Interval
     new_tokens: int
 
     def expected(self, drafts: int) -> float:
@@ -37,7 +37,7 @@ class Speedup:
         The time of a step is interpolated between a plain one and one with all drafts.
         """
         share = drafts / len(self.acceptance.cumulative)
-        return (1 + sum(self.acceptance.cumulative[:drafts])) / (1 + share * (self.ratio.value - 1))
+        return (1 + sum(self.acceptance.cumulative[:drafts])) / (1 + share * (self.step_time_ratio.value - 1))
 
     @property
     def best_drafts(self) -> int:
@@ -79,7 +79,7 @@ def measure_speedup(
     plain, drafted = model.engine(heads=1), model.engine(depth=None)
     times: list[tuple[float, float]] = []
     generations: list[Generation] = []
-    _timed(drafted, prompts[0], 8)  # whatever a first call pays for
+    _timed(drafted, prompts[0], 8)  # the first call is slower
     for prompt in prompts:
         (_, plain_step), (generation, step) = (_timed(engine, prompt, new_tokens) for engine in (plain, drafted))
         if plain_step and step:
@@ -93,7 +93,7 @@ def measure_speedup(
         acceptance=Acceptance.of(generations, model.multi_token.n),
         plain_seconds=interval(plain_times).value,
         drafted_seconds=interval(drafted_times).value,
-        ratio=interval([step / plain_step for plain_step, step in times]),
+        step_time_ratio=interval([step / plain_step for plain_step, step in times]),
         new_tokens=sum(len(generation.tokens) for generation in generations),
     )
 

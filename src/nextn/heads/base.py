@@ -252,9 +252,8 @@ class Heads(nn.Module, ABC):
         """Give `growth` the states of each depth, and go on from the tokens that it chose."""
 
     @property
-    def is_new(self) -> bool:
-        """Whether `calibrate` would set where the weights start: heads with a closed form that were neither calibrated
-        nor trained."""
+    def is_calibrated(self) -> bool:
+        """Whether heads with a closed form were calibrated or trained."""
         return False
 
     def calibrate(self, trunk: Trunk, texts: Iterable[Text]) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nextn.config import MultiTokenConfig
 from nextn.heads.base import Growth, Heads, Level, Text, Window
-from nextn.heads.least_squares import RidgeRegression
+from nextn.heads.least_squares import FIRST_CHECK, RidgeRegression
 from nextn.trunk import ChainCache, HostError, RaggedCache, Trunk, VisibleFn, with_own_keys
 
 
@@ -75,7 +75,8 @@ class SequentialModule(nn.Module):
                 raise HostError(
                     "The states of the base are not finite numbers on this text: check its weights and dtype."
                 )
-            if not fit.add(inputs, targets, held_out):
+            parts = (part.split(FIRST_CHECK) for part in (inputs, targets, held_out))
+            if not all(fit.add(*part) for part in zip(*parts, strict=True)):
                 break
         if fit.count:
             self.eh_proj.weight.copy_(fit.solution().T)
@@ -113,8 +114,8 @@ class DistinctHeads(Heads):
         self.lookback = self.n - 2
 
     @property
-    def is_new(self) -> bool:
-        return all(module.is_new for module in self.steps)
+    def is_calibrated(self) -> bool:
+        return not all(module.is_new for module in self.steps)
 
     def calibrate(self, trunk: Trunk, texts: Iterable[Text]) -> int:
         first, *others = self.steps
@@ -181,8 +182,8 @@ class RecurrentHeads(Heads):
         return SequentialModule(trunk, config.dense)
 
     @property
-    def is_new(self) -> bool:
-        return isinstance(self.step, SequentialModule) and self.step.is_new
+    def is_calibrated(self) -> bool:
+        return isinstance(self.step, SequentialModule) and not self.step.is_new
 
     def calibrate(self, trunk: Trunk, texts: Iterable[Text]) -> int:
         return self.step.calibrate(trunk, texts, self) if isinstance(self.step, SequentialModule) else 0
