@@ -125,7 +125,7 @@ def test_a_resumed_training_decides_as_one_that_was_not_cut(tmp_path):
 def test_without_held_out_text_there_is_no_guard(tmp_path):
     model = nextn.attach(make_host("llama"), nextn.MultiTokenConfig(n=3, recurrent=True))
     arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-    with pytest.raises(ConfigError, match="give an eval_dataset"):
+    with pytest.raises(ConfigError, match="give one eval_dataset"):
         nextn.Trainer(model=model, args=arguments, train_dataset=Lines(8, seed=7), guard=True)
 
 
