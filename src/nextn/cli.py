@@ -141,6 +141,9 @@ def attach(
         typer.Option(min=1, help="Blocks in a batch. Default: 2, more for more than 2,000 steps."),
     ] = None,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the heads: half a minute, and then faster steps.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -156,6 +159,7 @@ def attach(
         vocabulary=vocabulary or None,
         data=[str(file) for file in data],
         length=length,
+        compile="heads" if compile else False,
         seed=seed,
         training={
             "num_train_epochs": epochs,

@@ -211,7 +211,7 @@ class MultiTokenModel(BaseInterface):
                 heads.gradient_checkpointing = True
                 heads._gradient_checkpointing_func = module._gradient_checkpointing_func
 
-    def compile_layers(self) -> None:
+    def compile_layers(self, heads_only: bool = False) -> None:
         """Let torch.compile make machine code of each layer of trunk and heads when it is first called.
 
         Norms, rotations and products become one loop each, which PyTorch otherwise runs one by one. Raises
@@ -220,7 +220,7 @@ class MultiTokenModel(BaseInterface):
         # A recurrent step has another number of keys at each depth, and training, evaluation and a short batch differ.
         limits: Any = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, 16 + 4 * self.multi_token.n)
-        for layer in (*self.trunk.layers, *self.heads.regions()):
+        for layer in (*(() if heads_only else self.trunk.layers), *self.heads.regions()):
             layer.compile(dynamic=False)
 
     # --- training ---------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import transformers
@@ -87,7 +87,8 @@ class Recipe(Strict):
         they take no more than this.
     teacher_top_k: where they are kept and heads follow the trunk's distribution: keep its k most probable tokens of
         each position with them, in place of making all logits anew for each depth in each epoch. The rest is left out.
-    compile: let torch.compile make machine code of each layer; half a minute at the start, and faster after that.
+    compile: let torch.compile make machine code of each layer, or with `heads` of those of the heads alone; half a
+        minute at the start, and faster after that.
     seed: of the order of the data, and of random weights.
     training: arguments of `transformers.TrainingArguments`, over the defaults of `Recipe.arguments`. Without a
         `learning_rate` it is that of `default_learning_rate`.
@@ -109,7 +110,7 @@ class Recipe(Strict):
     lora: dict[str, Any] | None = None
     max_states_gb: float = Field(default=4.0, ge=0)
     teacher_top_k: int = Field(default=0, ge=0)
-    compile: bool = False
+    compile: bool | Literal["heads"] = False
     seed: int = 0
     training: dict[str, Any] = Field(default_factory=dict)
 
@@ -323,7 +324,7 @@ def _train(
     if model.multi_token.output.kind == "trimmed" and not trained_on:
         choose_vocabulary(model, packed, tokenizer, say)
     if recipe.compile:
-        _compile(model, arguments)
+        _compile(model, arguments, heads_only=recipe.compile == "heads")
     if checkpoint:
         say(f"going on from {checkpoint}")
     elif was_begun:
@@ -369,7 +370,7 @@ def _train(
     say(summary(trainer.state.log_history, model.multi_token.n, "saved" if trainer.guard else "end"))
     say(f"{'heads' if model.multi_token.freeze_trunk else 'model'} saved in {out}")
     model.eval()
-    if recipe.compile:
+    if recipe.compile is True:
         say(f"nextn bench {out} measures what the heads are worth on this machine")
     elif validation is not None and model.multi_token.freeze_trunk and arguments.world_size == 1:
         report_speedup(native.load(out, model.base, model.trunk.dtype), validation, out, say)
@@ -642,7 +643,7 @@ def _check_length(length: int, context: int) -> None:
         raise ConfigError(f"length is {length}, but the base reads {context} tokens: give a smaller length.")
 
 
-def _compile(model: MultiTokenModel, arguments: transformers.TrainingArguments) -> None:
+def _compile(model: MultiTokenModel, arguments: transformers.TrainingArguments, heads_only: bool) -> None:
     """Compile the layers.
 
     Raises:
@@ -655,7 +656,7 @@ def _compile(model: MultiTokenModel, arguments: transformers.TrainingArguments) 
             require_compiler()
         except CompileError as error:
             raise ConfigError(f"compile: {error}.") from None
-    model.compile_layers()
+    model.compile_layers(heads_only)
 
 
 def choose_vocabulary(
