@@ -208,7 +208,7 @@ def test_recovery_trains_and_goes_on_where_it_was_stopped(stored, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(training.Trainer, "save_result", killed)
         assert run(stored, *options).exit_code != 0
-    assert (stored / "out" / "checkpoint-100").is_dir()
+    assert any((stored / "out").glob("checkpoint-*"))
     other = run(stored, "--output", "low_rank:8", *options[2:])
     assert other.exit_code == 1 and "holds another compression" in " ".join(other.output.split())
     done = run(stored, *options)

@@ -48,6 +48,7 @@ def test_depths_without_a_weight_train_with_checkpointing_in_two_processes(heads
         "heads": {"n": 3, **heads},
         "data": [str(tmp_path / "data.txt")],
         "length": 64,
+        "validation": None,
         "schedule": schedule,
         "training": {
             "max_steps": 4,
@@ -122,6 +123,7 @@ def test_two_processes_train_what_one_does(family, frozen, stored, tmp_path):
         "length": 64,
         "training": {
             "max_steps": 4,
+            "save_total_limit": 9,
             "per_device_train_batch_size": 4,
             "learning_rate": 1e-3,
             "warmup_steps": 0,

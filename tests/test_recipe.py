@@ -533,7 +533,7 @@ def test_errors_that_show_only_when_it_runs(attached, tmp_path):
                 "lm_head has an adapter, but heads share",
             ),
             (
-                {"lora": {"r": 2, "modules_to_save": ["lm_head"]}, **tuned},
+                {"lora": {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["norm"]}, **tuned},
                 ConfigError,
                 "modules_to_save",
             ),

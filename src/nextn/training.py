@@ -340,9 +340,19 @@ class Trainer(transformers.Trainer):
                 write_checksums(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer: Any = self.optimizer
         if self.is_fsdp_enabled:
-            _fill_states(self.optimizer)
+            _fill_states(optimizer)
+        is_new = not optimizer.state
         super()._save_optimizer_and_scheduler(output_dir)
+        if is_new:  # to save it, torch takes a step with a learning rate of 0 under FSDP, which Adam would count
+            optimizer.state.clear()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and Path(checkpoint).name == "checkpoint-0":
+            optimizer: Any = self.optimizer
+            optimizer.state.clear()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
