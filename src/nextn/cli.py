@@ -133,7 +133,7 @@ def attach(
     epochs: Annotated[float, typer.Option(min=1e-3, help="Passes over the data.")] = 3.0,
     learning_rate: Annotated[
         float | None,
-        typer.Option(min=1e-9, help="Peak learning rate, falling to a tenth. Default: 0.4 / width, at most 7e-4."),
+        typer.Option(min=1e-9, help="Peak learning rate, falling to a tenth. Default: by width and kind."),
     ] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a packed block.")] = 512,
     batch: Annotated[

@@ -230,17 +230,17 @@ class Recipe(Strict):
 def default_learning_rate(model: MultiTokenModel, recipe: Recipe) -> float:
     """The peak learning rate of a recipe that states none.
 
-    For heads on a frozen trunk of width D it is 0.4 / D, at most 7e-4: Adam's rate falls with the width as in muP
-    (arXiv:2203.03466), and the factor comes from `benchmarks/learning_rate.py`. A trunk that is trained too has the
-    2e-5 that is usual for fine-tuning (TRL), adapters of it 2e-4 (QLoRA, arXiv:2305.14314), and a model from random
-    weights 1e-3 · 512 / D.
+    For heads on a frozen trunk of width D it is 0.4 / D, at most 7e-4, and for kinds without calibration 1.4 / D, at
+    most 2.5e-3: Adam's rate falls with the width as in muP (arXiv:2203.03466), and the factors come from
+    `benchmarks/learning_rate.py`. A trunk that is trained too has the 2e-5 that is usual for fine-tuning (TRL),
+    adapters of it 2e-4 (QLoRA, arXiv:2305.14314), and a model from random weights 1e-3 · 512 / D.
     """
     width = model.trunk.width
     if recipe.scratch is not None:
         return 1e-3 * 512 / width
     if not model.multi_token.freeze_trunk:
         return 2e-4 if adapter_layers(model.base) else 2e-5
-    return min(7e-4, 0.4 / width)
+    return min(7e-4, 0.4 / width) if model.heads.can_calibrate else min(2.5e-3, 1.4 / width)
 
 
 def default_batch_size(blocks: PackedBlocks, arguments: transformers.TrainingArguments) -> int:
