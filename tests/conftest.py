@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import string
 from pathlib import Path
 
@@ -31,6 +32,9 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+SHAPE = {  # of a model from scratch
+    name: COMMON[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+} | {"model_type": "llama", "num_hidden_layers": 4, "max_position_embeddings": 128}
 WINDOW = 8
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 ROPES = {
@@ -169,6 +173,28 @@ def made_up_text(rows: int, length: int, seed: int) -> torch.Tensor:
         ruled = (follower[ids[:, t - 1]] + ids[:, t - 2] % 3) % (VOCAB - 3) + 3
         ids[:, t] = torch.where(noise[:, t], ids[:, t], ruled)
     return ids
+
+
+@pytest.fixture
+def text(tmp_path) -> str:
+    """A file of lines to train on."""
+    line = "the cat sat on the mat. the dog sat on the log. "
+    lines = [json.dumps({"text": line[shift:] + line[:shift]}) for shift in range(len(line))]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    return str(tmp_path / "data.jsonl")
+
+
+class Lines(torch.utils.data.Dataset):
+    """Sequences to train on, as a dataset."""
+
+    def __init__(self, rows: int = 48, length: int = 24, seed: int = 7) -> None:
+        self.ids = made_up_text(rows, length, seed)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
 def fit(model: torch.nn.Module, steps: int, lr: float = 3e-3, loss_of=lambda model, ids: model(ids, labels=ids).loss):

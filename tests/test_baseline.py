@@ -10,29 +10,18 @@ import torch
 import transformers
 
 import nextn
-from conftest import COMMON, made_up_text, make_host
+from conftest import COMMON, SHAPE, made_up_text, make_host
 from nextn.config import ConfigError, MultiTokenConfig
 from nextn.data import PackedBlocks, byte_tokenizer, examples_of
 from nextn.recipe import Recipe, train
 from nextn.scratch import from_scratch
 
-SHAPE = {
-    name: COMMON[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-} | {"model_type": "llama", "num_hidden_layers": 4, "max_position_embeddings": 128}
 TRAINING = {"max_steps": 3, "bf16": False, "disable_tqdm": True, "learning_rate": 1e-3, "warmup_steps": 0}
 WAYS = {
     "scratch": {"scratch": SHAPE, "tokenizer": "bytes", "heads": {"n": 1, "heads": "parallel", "freeze_trunk": False}},
     "whole": {"heads": {"n": 1, "freeze_trunk": False, "recurrent": True}, "vocabulary": 32},
     "lora": {"heads": {"n": 1, "freeze_trunk": False}, "lora": {"r": 2, "target_modules": ["q_proj"]}},
 }
-
-
-@pytest.fixture
-def text(tmp_path) -> str:
-    line = "the cat sat on the mat. the dog sat on the log. "
-    lines = [json.dumps({"text": line[shift:] + line[:shift]}) for shift in range(len(line))]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    return str(tmp_path / "data.jsonl")
 
 
 def recipe(way: str, base: Path, text: str, **more) -> Recipe:

@@ -9,25 +9,13 @@ import shutil
 import pytest
 import torch
 import transformers
-from torch.utils.data import Dataset
 
 import nextn
-from conftest import made_up_text, make_host
+from conftest import Lines, make_host
 from nextn.config import ConfigError
 from nextn.guard import MAX_LOSS_RATIO, MAX_ROLLBACKS
 from nextn.training import last_checkpoint, write_checksums
 from nextn.trunk import HostError
-
-
-class Lines(Dataset):
-    def __init__(self, rows: int, seed: int) -> None:
-        self.ids = made_up_text(rows, 24, seed=seed)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
 def make_trainer(directory, callbacks=(), **settings) -> nextn.Trainer:

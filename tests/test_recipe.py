@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import nextn
-from conftest import COMMON, CONFIGS, KINDS
+from conftest import CONFIGS, KINDS, SHAPE
 from nextn.cli import app
 from nextn.config import ConfigError
 from nextn.data import DataError, byte_tokenizer
@@ -24,18 +24,6 @@ from nextn.formats import FormatError, native
 from nextn.lock import FileLock, LockedError
 from nextn.recipe import Recipe, train
 from nextn.scratch import from_scratch
-
-SHAPE = {
-    name: COMMON[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-} | {"model_type": "llama", "num_hidden_layers": 4, "max_position_embeddings": 128}
-
-
-@pytest.fixture
-def text(tmp_path) -> str:
-    line = "the cat sat on the mat. the dog sat on the log. "
-    lines = [json.dumps({"text": line[shift:] + line[:shift]}) for shift in range(len(line))]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    return str(tmp_path / "data.jsonl")
 
 
 @pytest.fixture

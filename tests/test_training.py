@@ -10,24 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 import nextn
-from conftest import KINDS, MORE_KINDS, fit, made_up_text, make_host, make_tokenizer
+from conftest import KINDS, MORE_KINDS, Lines, fit, made_up_text, make_host, make_tokenizer
 from nextn.config import ConfigError
 from nextn.data import byte_tokenizer
 from nextn.training import last_checkpoint, simulated
-
-
-class Lines(Dataset):
-    def __init__(self, rows: int = 48, length: int = 24) -> None:
-        self.ids = made_up_text(rows, length, seed=7)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
 def arguments(directory, **kwargs) -> transformers.TrainingArguments:

@@ -454,9 +454,8 @@ class PackedBlocks(Dataset):
         Raises:
             DataError: where there is one.
         """
-        for block in self.blocks:
-            for ids, _ in block:
-                check_ids(ids, vocab_size)
+        for ids, _ in self.documents:
+            check_ids(ids, vocab_size)
 
     def prompts(self, count: int, most: int = 32) -> list[list[int]]:
         """Prompts from documents all over the text: up to their first label, or the start of text without prompts.
@@ -466,24 +465,21 @@ class PackedBlocks(Dataset):
             most: tokens of the start of a text without prompts.
         """
         prompts = []
-        for block in self.blocks:
-            for ids, labels in block:
-                first = next((index for index, label in enumerate(labels) if label != IGNORE), 0)
-                if len(ids) >= 8:
-                    prompts.append(ids[: first if first > 1 else min(most, len(ids) // 2)])
+        for ids, labels in self.documents:
+            first = next((index for index, label in enumerate(labels) if label != IGNORE), 0)
+            if len(ids) >= 8:
+                prompts.append(ids[: first if first > 1 else min(most, len(ids) // 2)])
         return [prompts[index * len(prompts) // count] for index in range(count)] if len(prompts) > count else prompts
 
     @property
     def labels(self) -> Tensor:
         """The tokens that carry a label, one after the other."""
-        return torch.tensor(
-            [label for block in self.blocks for _, labels in block for label in labels if label != IGNORE]
-        )
+        return torch.tensor([label for _, labels in self.documents for label in labels if label != IGNORE])
 
     @property
     def trained_tokens(self) -> int:
         """How many tokens carry a label."""
-        return sum(label != IGNORE for block in self.blocks for _, labels in block for label in labels)
+        return sum(label != IGNORE for _, labels in self.documents for label in labels)
 
 
 class StreamedBlocks(IterableDataset):

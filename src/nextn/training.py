@@ -168,17 +168,14 @@ class Trainer(transformers.Trainer):
         if data is None or self.model.multi_token.n == 1 or self.model.heads.is_calibrated:
             return 0
         count = CALIBRATION_BATCHES * CALIBRATION_ROWS
-        if not isinstance(data, IterableDataset):
+        if isinstance(data, IterableDataset):
+            items = iter(data)
+        else:
             count = min(count, len(data))
+            items = (data[index * len(data) // count] for index in range(count))
         collate = self._get_collator_with_removed_columns(self.data_collator)
-
-        def batches() -> Iterator[Any]:
-            spread = not isinstance(data, IterableDataset)
-            items = iter(data[index * len(data) // count] for index in range(count)) if spread else iter(data)
-            while batch := list(islice(items, CALIBRATION_ROWS)):
-                yield collate(batch)
-
-        return calibrate(self.model, batches(), -(-count // CALIBRATION_ROWS), self.is_world_process_zero())
+        batches = map(collate, iter(lambda: list(islice(items, CALIBRATION_ROWS)), []))
+        return calibrate(self.model, batches, -(-count // CALIBRATION_ROWS), self.is_world_process_zero())
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         if self.control.should_training_stop:  # the checkpoint is of the last step, see `_AtTheEnd`
@@ -266,10 +263,10 @@ class Trainer(transformers.Trainer):
         n, device = self.model.multi_token.n, self.args.device
         sums = torch.stack(self._held_out).sum(dim=0) if self._held_out else torch.zeros(2 + 3 * n, device=device)
         steps = torch.tensor([len(self._accepted), sum(self._accepted)], device=device)
-        tokens, loss, *by_depth = self.accelerator.reduce(sums, "sum").tolist()
+        tokens, loss, *depths = self.accelerator.reduce(sums, "sum").tolist()
         if not tokens:
             return {}
-        counts, losses, hits = (by_depth[part * n : (part + 1) * n] for part in range(3))
+        counts, losses, hits = (depths[part * n : (part + 1) * n] for part in range(3))
         figures = {"loss": loss / tokens, "tokens": int(tokens)}
         for depth, (count, loss, hit) in enumerate(zip(counts, losses, hits, strict=True), start=1):
             if count:
@@ -392,7 +389,12 @@ class Trainer(transformers.Trainer):
         if self.model.multi_token.freeze_trunk and not self.is_fsdp_enabled:
             if self.args.should_save:
                 native.save_heads(
-                    self.model, directory, base_name=base_name, dtype=torch.bfloat16, tokenizer=self.processing_class
+                    self.model,
+                    directory,
+                    base_name=base_name,
+                    base_hash=self._base_hash,
+                    dtype=torch.bfloat16,
+                    tokenizer=self.processing_class,
                 )
         elif adapter_layers(self.model.base):
             tensors = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None

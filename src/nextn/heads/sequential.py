@@ -7,6 +7,7 @@ Distinct modules are DeepSeek-V3's (arXiv:2412.19437, eqs 21-23); one module for
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +176,7 @@ class RecurrentHeads(Heads):
 
     def __init__(self, config: MultiTokenConfig, trunk: Trunk) -> None:
         super().__init__(config, trunk)
-        self.step: nn.Module = self._new_step(config, trunk)
+        self.step: Any = self._new_step(config, trunk)
         self.state_noise = config.state_noise
 
     def _new_step(self, config: MultiTokenConfig, trunk: Trunk) -> nn.Module:
@@ -183,10 +184,10 @@ class RecurrentHeads(Heads):
 
     @property
     def is_calibrated(self) -> bool:
-        return isinstance(self.step, SequentialModule) and not self.step.is_new
+        return self.can_calibrate and not self.step.is_new
 
     def calibrate(self, trunk: Trunk, texts: Iterable[Text]) -> int:
-        return self.step.calibrate(trunk, texts, self) if isinstance(self.step, SequentialModule) else 0
+        return self.step.calibrate(trunk, texts, self) if self.can_calibrate else 0
 
     def forward(self, trunk: Trunk, hidden: Tensor, text: Text) -> list[Tensor]:
         states, past = [self.read(hidden)], None  # the keys and values grow by one block of T entries a step
